@@ -1,0 +1,23 @@
+"""Triton where it is installed, inert stand-ins where it is not, so that op files import anywhere."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+try:
+    import triton
+    import triton.language as tl
+
+    jit = triton.jit
+    missing: str | None = None
+except ImportError as error:
+    triton, tl = None, SimpleNamespace(constexpr=object)
+    missing = f"Triton is not installed ({error}): pip install 'triton>=3.6'"
+
+    def jit(function):
+        return function
+
+
+def interpreted() -> bool:
+    """Whether ``TRITON_INTERPRET=1`` runs the kernels in Python on the CPU."""
+    return triton is not None and triton.knobs.runtime.interpret

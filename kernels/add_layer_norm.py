@@ -1,0 +1,24 @@
+"""Residual add, then layer normalisation: s = x + residual (rounded to x's dtype), y = layer_norm(s).
+
+x, residual [..., N] of one dtype; returns (s, y). See ``layer_norm`` for the rest.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from tinyfuse.kernels import layer_norm
+from tinyfuse.op import register
+
+
+def reference(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    return total, layer_norm.reference(total, weight, bias, eps)
+
+
+OP = register(
+    "add_layer_norm(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor)",
+    reference=reference,
+)

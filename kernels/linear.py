@@ -1,0 +1,31 @@
+"""Linear layer, y = x W^T + b (+ residual), with the weight in its own dtype or in int8.
+
+x [..., K]; weight [N, K] in x's dtype, or int8 with scale fp32 [N], meaning W = scale[:, None] * weight;
+bias [N] or None; residual [..., N] or None. y [..., N] in x's dtype, contiguous.
+Sums run in fp32 or wider and are rounded to x's dtype once (the residual may be added before that).
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from tinyfuse.op import register
+
+
+def dequantize(weight: Tensor, scale: Tensor | None, dtype) -> Tensor:
+    return weight if scale is None else (weight.float() * scale.float()[:, None]).to(dtype)
+
+
+def reference(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    if scale is None:
+        y = F.linear(x, weight, bias)
+    else:
+        y = (F.linear(x.float(), weight.float()) * scale.float()).to(x.dtype)
+        y = y if bias is None else y + bias
+    return y if residual is None else y + residual
+
+
+OP = register(
+    "linear(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, Tensor? residual) -> Tensor", reference=reference
+)

@@ -1,0 +1,27 @@
+"""Rotate q and k, then write k and v into a static cache: the whole step between the q/k/v linears and attention.
+
+q [B, H, S, D], k [B, Hkv, S, D], v [B, Hkv, S, Dv], any strides; cos, sin, interleaved as in ``rope``;
+keys, values, pos as in ``kv_append``. Returns the rotated q, laid out in memory as [B, S, H, D].
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from tinyfuse.kernels import kv_append, rope
+from tinyfuse.op import register
+
+
+def reference(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, pos: Tensor,
+    interleaved: bool,
+) -> Tensor:  # fmt: skip
+    kv_append.reference(keys, values, rope.reference(k, cos, sin, interleaved), v, pos)
+    return rope.reference(q, cos, sin, interleaved)
+
+
+OP = register(
+    "rope_append(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values,"
+    " Tensor pos, bool interleaved) -> Tensor",
+    reference=reference,
+)

@@ -1,0 +1,97 @@
+"""An operation is a schema, a reference and the kernels that may run it.
+
+Every op file in ``tinyfuse.kernels`` calls :func:`register` once. The op is then
+
+* ``torch.ops.tinyfuse.<name>`` for graphs, tracing and ``torch.compile``,
+* an :class:`Op` for the lowering, which picks a kernel from metadata alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from tinyfuse import fallback
+
+_library = torch.library.Library("tinyfuse", "DEF")
+OPS: dict[str, Op] = {}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One way to run an op on one device type.
+
+    ``supports`` takes the op's arguments, reads metadata only (so fake tensors do) and returns
+    ``None`` or the reason, as a sentence for users, why it cannot run them. ``run`` takes the same
+    arguments and returns what the reference returns.
+    """
+
+    name: str
+    device: str
+    supports: Callable[..., str | None]
+    run: Callable[..., Any]
+
+
+@dataclass
+class Op:
+    """``reference`` is the oracle, the fake implementation and the last fallback."""
+
+    name: str
+    reference: Callable[..., Any]
+    kernels: Sequence[Kernel]
+    broken: dict[str, str] = field(default_factory=dict)
+
+    def choose(self, *args: Any) -> tuple[Kernel | None, str | None]:
+        """The first kernel that supports ``args``, else ``None`` and why the reference runs."""
+        device = next(_tensors(args)).device.type
+        reason = f"no {device} kernel for {self.name}"
+        for kernel in self.kernels:
+            if kernel.device != device:
+                continue
+            reason = self.broken.get(kernel.name) or kernel.supports(*args)
+            if reason is None:
+                return kernel, None
+        return None, reason
+
+    def run(self, kernel: Kernel, *args: Any) -> Any:
+        """Run ``kernel``; one that cannot be built or launched is replaced by the reference from then on."""
+        try:
+            return kernel.run(*args)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            reason = f"kernel {self.name}/{kernel.name} failed: {type(error).__name__}: {error}"
+            fallback.record(f"{self.name}/{kernel.name}", reason, error)
+            self.broken[kernel.name] = reason
+            return self.reference(*args)
+
+    def __call__(self, *args: Any) -> Any:
+        kernel, reason = self.choose(*args)
+        if kernel is None:
+            fallback.note(self.name, reason)
+            return self.reference(*args)
+        return self.run(kernel, *args)
+
+
+def _tensors(args: Sequence[Any]):
+    for arg in args:
+        if isinstance(arg, torch.Tensor):
+            yield arg
+        elif isinstance(arg, (list, tuple)):
+            yield from _tensors(arg)
+
+
+def register(signature: str, *, reference: Callable[..., Any], kernels: Sequence[Kernel] = ()) -> Op:
+    """Define ``torch.ops.tinyfuse`` op with the schema ``signature``, for example
+    ``"scale(Tensor x, float by) -> Tensor"``. Mutated arguments are marked as in ATen: ``Tensor(a!) x``.
+    Kernels are tried in the order given."""
+    name = signature.partition("(")[0]
+    op = Op(name, reference, tuple(kernels))
+    _library.define(signature)
+    _library.impl(name, op, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"tinyfuse::{name}", reference, lib=_library)
+    OPS[name] = op
+    return op
