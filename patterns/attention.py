@@ -1,0 +1,88 @@
+"""Attention: SDPA with every argument, ``repeat_kv`` absorbed, and softmax between matmuls."""
+
+import math
+import operator
+
+import torch
+
+import tinyfuse.kernels.attention  # noqa: F401
+from tinyfuse.graph.nodes import same_size, sdpa, value
+from tinyfuse.graph.pattern import Check, Pattern, anything, call, optional, tensor
+
+attention = torch.ops.tinyfuse.attention.default
+q, k, v = tensor("q k v")
+mask = optional("mask")
+is_causal, scale, gqa = anything("is_causal scale gqa")
+FULL = slice(None, None, None)
+
+
+def repeated(source, name):
+    """``repeat_kv``: [B, Hkv, L, D] to [B, Hkv * groups, L, D]."""
+    spread = call(operator.getitem, source, (FULL, FULL, None, FULL, FULL))
+    return call(torch.reshape, call(torch.Tensor.expand, spread, anything(f"{name}_expand")), anything(f"{name}_shape"))
+
+
+def heads_repeat(m):
+    """Both reshapes merge kv heads with their groups and nothing else."""
+    result = m.roots[0].meta["example_value"]
+    for name in ("k", "v"):
+        groups = m.captures[f"{name}_expand"][2]
+        shape = m.captures[f"{name}_shape"]
+        if not isinstance(groups, int) or len(shape) != 4 or not same_size(m.shape(name)[1] * groups, shape[1]):
+            return False
+    return same_size(value(m.q).shape[1], result.shape[1])
+
+
+def heads_fit(m):
+    q_heads, k_heads, v_heads = (m.shape(name)[1] for name in ("q", "k", "v"))
+    return same_size(k_heads, v_heads) and (m.gqa or same_size(q_heads, k_heads))
+
+
+def factor(m):
+    """SDPA's default scale is 1 / sqrt(head_dim)."""
+    return 1 / math.sqrt(m.shape("q")[3]) if m.scale is None else m.scale
+
+
+rank_4 = Check(
+    lambda m: all(m.value(name).dim() == 4 for name in ("q", "k", "v")), "its tensors do not have 4 dimensions"
+)
+known_scale = Check(
+    lambda m: m.scale is not None or isinstance(m.shape("q")[3], int), "its scale depends on a dynamic head_dim"
+)
+
+
+def example(**more):
+    shapes = {"q": (2, 6, 5, 8), "k": (2, 6, 7, 8), "v": (2, 6, 7, 8)}
+    made = {name: torch.randn(shape) for name, shape in shapes.items()}
+    return made | {"mask": torch.rand(2, 1, 5, 7) < 0.7, "is_causal": False, "scale": 0.3, "gqa": False} | more
+
+
+def grouped_example():
+    sizes = {f"{n}_expand": (2, 3, 2, 7, 8) for n in "kv"} | {f"{n}_shape": (2, 6, 7, 8) for n in "kv"}
+    return example(k=torch.randn(2, 3, 7, 8), v=torch.randn(2, 3, 7, 8)) | sizes
+
+
+def fused(m):
+    return [call(attention, m.q, m.k, m.v, m.mask, factor(m), m.is_causal)]
+
+
+direct = Pattern(
+    name="attention_sdpa",
+    stage="lift",
+    roots=(call(sdpa, q, k, v, mask, 0.0, is_causal, scale, gqa),),
+    where=(
+        rank_4,
+        known_scale,
+        Check(heads_fit, "its heads broadcast"),
+    ),
+    to=fused,
+    example=example,
+)
+repeat_kv = Pattern(
+    name="attention_repeat_kv",
+    stage="lift",
+    roots=(call(sdpa, q, repeated(k, "k"), repeated(v, "v"), mask, 0.0, is_causal, scale, False),),
+    where=(rank_4, known_scale, Check(heads_repeat, "its key and value heads are not merely repeated")),
+    to=fused,
+    example=grouped_example,
+)

@@ -1,0 +1,86 @@
+"""RMSNorm as models spell it: fp32 statistics, then one of two cast orders.
+
+Llama and most others round the normalised value to the model's dtype and then multiply by the weight; Gemma
+(``1 + w``) and OLMo 2 multiply in fp32 and round once; some have no weight. ``x * rsqrt(v)`` is also written
+``x * pow(v, -0.5)`` and ``x / sqrt(v)``.
+"""
+
+import torch
+
+import tinyfuse.kernels.rms_norm  # noqa: F401
+from tinyfuse.graph.pattern import Check, Pattern, call, cast, one_of, scalar, tensor
+
+rms_norm = torch.ops.tinyfuse.rms_norm.default
+
+x, w = tensor("x w")
+eps, dim = scalar("eps dim")
+wide = cast(x, torch.float32)
+square = one_of(call(torch.pow, wide, 2), wide * wide, call(torch.square, wide))
+variance = call(torch.mean, square, dim, True) + eps
+normed = one_of(
+    wide * one_of(call(torch.rsqrt, variance), call(torch.pow, variance, -0.5)),
+    wide / call(torch.sqrt, variance),
+)
+
+over_last = Check(lambda m: m.dim == m.value("x").dim() - 1, "it normalises over another dimension than the last")
+same_dtype = Check(lambda m: m.D is m.dtype("x"), "its result has another dtype than its input")
+floating = Check(lambda m: m.dtype("x").is_floating_point and m.dtype("x") is not torch.float64, "the input is fp64")
+row_weight = Check(
+    lambda m: m.value("w").dim() == 1 and m.shape("w")[0] == m.shape("x")[-1], "its weight is not one value per channel"
+)
+
+
+def example(**more):
+    return {"x": torch.randn(2, 3, 24).bfloat16(), "eps": 1e-5, "dim": 2, "D": torch.bfloat16, **more}
+
+
+def weighted_example():
+    return example(w=torch.randn(24).bfloat16())
+
+
+llama = Pattern(
+    name="rms_norm",
+    stage="lift",
+    roots=(w * cast(normed, "D"),),
+    where=(
+        over_last,
+        same_dtype,
+        floating,
+        row_weight,
+        Check(lambda m: m.dtype("w") is m.D, "its weight has another dtype"),
+    ),
+    to=lambda m: [call(rms_norm, m.x, m.w, m.eps, False, True)],
+    example=weighted_example,
+)
+offset_after_cast = Pattern(
+    name="rms_norm_offset_after_cast",
+    stage="lift",
+    roots=((1.0 + w) * cast(normed, "D"),),
+    where=llama.where,
+    to=lambda m: [call(rms_norm, m.x, m.w, m.eps, True, True)],
+    example=weighted_example,
+)
+wide_weight = Pattern(
+    name="rms_norm_wide_weight",
+    stage="lift",
+    roots=(cast(normed * one_of(cast(w, torch.float32), w), "D"),),
+    where=(over_last, same_dtype, floating, row_weight),
+    to=lambda m: [call(rms_norm, m.x, m.w, m.eps, False, False)],
+    example=weighted_example,
+)
+gemma = Pattern(
+    name="rms_norm_offset",
+    stage="lift",
+    roots=(cast(normed * (1.0 + cast(w, torch.float32)), "D"),),
+    where=(over_last, same_dtype, floating, row_weight),
+    to=lambda m: [call(rms_norm, m.x, m.w, m.eps, True, False)],
+    example=weighted_example,
+)
+plain = Pattern(
+    name="rms_norm_no_weight",
+    stage="lift",
+    roots=(cast(normed, "D"),),
+    where=(over_last, same_dtype, floating),
+    to=lambda m: [call(rms_norm, m.x, None, m.eps, False, True)],
+    example=example,
+)

@@ -1,0 +1,105 @@
+"""Generated from the patterns themselves: every alternate matches and equals its replacement, and every mutation of one
+(a moved cast, another constant, a dropped op, an extra user) either fails to match or still equals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from tests.graphs import Built
+from tinyfuse.graph.library import all_patterns
+from tinyfuse.graph.pattern import Call, Cast, Expr, Pattern, children, rebuild, walk
+
+PATTERNS = all_patterns()
+ALTERNATES = [pytest.param(p, roots, id=f"{p.name}-{i}") for p in PATTERNS for i, roots in enumerate(p.alternates())]
+
+
+def example_of(pattern: Pattern) -> dict[str, Any]:
+    torch.manual_seed(0)
+    return pattern.example()
+
+
+def assert_equal(before: Built, after: Built) -> None:
+    """Outputs and inputs left behind agree to a few roundings of their dtype."""
+    for expected, got in zip(_flat(before.run()), _flat(after.run()), strict=True):
+        assert expected.dtype == got.dtype and expected.shape == got.shape
+        bound = 4 * torch.finfo(expected.dtype).eps if expected.is_floating_point() else 0
+        torch.testing.assert_close(got, expected, rtol=bound, atol=bound * float(expected.double().abs().max()))
+
+
+def _flat(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, (list, tuple)):
+        return [t for v in value for t in _flat(v)]
+    return [value] if isinstance(value, torch.Tensor) else []
+
+
+@pytest.mark.parametrize(("pattern", "roots"), ALTERNATES)
+def test_every_alternate_matches_and_equals_its_replacement(pattern: Pattern, roots: tuple[Expr, ...]) -> None:
+    example = example_of(pattern)
+    stock, fused = Built(roots, example), Built(roots, example)
+    outcome = fused.rewrite([pattern])
+    assert outcome.hits == {pattern.name: 1}, outcome.declined
+    assert_equal(stock, fused)
+
+
+def mutations(roots: tuple[Expr, ...]) -> Iterator[tuple[str, tuple[Expr, ...]]]:
+    """Every graph that differs from ``roots`` by one dropped op, one constant or one added rounding."""
+    inner = list(dict.fromkeys(e for r in roots for e in walk(r) if isinstance(e, (Call, Cast))))
+    for number, target in enumerate(inner):
+        for position, child in enumerate(children(target)):
+            if isinstance(child, Expr):
+                yield f"drop-{number}-{position}", _edit(roots, target, lambda e, c=child: c)
+                if isinstance(target, Call):
+                    rounded = Cast(child, torch.float16)
+                    yield f"round-{number}-{position}", _edit(roots, target, _with_arg(position, rounded))
+            elif isinstance(child, (int, float)) and isinstance(target, Call):
+                for other in (child + 1, -child):
+                    yield f"constant-{number}-{position}-{other}", _edit(roots, target, _with_arg(position, other))
+
+
+def _with_arg(position: int, value: Any):
+    return lambda e: Call(e.target, (*e.args[:position], value, *e.args[position + 1 :]), e.shared)
+
+
+def _edit(roots: tuple[Expr, ...], target: Expr, change) -> tuple[Expr, ...]:
+    done: dict[int, Any] = {}
+
+    def visit(expr: Any) -> Any:
+        if expr is target and id(expr) not in done:
+            done[id(expr)] = change(expr)
+        return rebuild(expr, visit, done)
+
+    return tuple(visit(r) for r in roots)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=lambda p: p.name)
+def test_no_mutation_is_rewritten_into_something_else(pattern: Pattern) -> None:
+    example, tried = example_of(pattern), 0
+    for roots in pattern.alternates()[:4]:
+        for name, mutant in mutations(roots):
+            try:
+                stock = Built(mutant, example)
+                stock.run()
+            except Exception:
+                continue  # not a program: the shapes no longer fit
+            tried += 1
+            fused = Built(mutant, example)
+            if fused.rewrite([pattern]).hits:
+                try:
+                    assert_equal(stock, fused)
+                except AssertionError as error:
+                    raise AssertionError(f"{pattern.name}: mutation {name} matches but differs") from error
+    assert tried
+
+
+@pytest.mark.parametrize("pattern", [p for p in PATTERNS if p.size > len(p.roots)], ids=lambda p: p.name)
+def test_an_inner_value_that_is_used_elsewhere_is_kept(pattern: Pattern) -> None:
+    roots, example = pattern.alternates()[0], example_of(pattern)
+    inner = list(dict.fromkeys(e for r in roots for e in walk(r) if isinstance(e, Call) and e not in roots))
+    for extra in inner:
+        stock, fused = Built(roots, example, [extra]), Built(roots, example, [extra])
+        fused.rewrite([pattern])
+        assert_equal(stock, fused)

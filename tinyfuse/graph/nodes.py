@@ -1,0 +1,91 @@
+"""Facts about FX nodes: their values, what they write, what they alias."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.fx import Node
+from torch.multiprocessing.reductions import StorageWeakRef
+
+_INPLACE_OPERATORS = {
+    operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.ipow,
+    operator.imod, operator.iand, operator.ior, operator.ixor, operator.imatmul, operator.setitem,
+}  # fmt: skip
+
+
+def cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The one spelling of a dtype conversion in a normalised graph."""
+    return x.to(dtype)
+
+
+def gelu(x: torch.Tensor, approximate: str) -> torch.Tensor:
+    """``F.gelu`` with its keyword argument in place."""
+    return F.gelu(x, approximate=approximate)
+
+
+def sdpa(q, k, v, mask, dropout_p: float, is_causal: bool, scale: float | None, enable_gqa: bool) -> torch.Tensor:
+    """``F.scaled_dot_product_attention`` with its keyword arguments in place."""
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+
+
+def value(node: Any) -> Any:
+    """The example value of a node: a fake tensor, a (Sym)int/float, a tuple of them; constants stand for themselves."""
+    return node.meta.get("example_value") if isinstance(node, Node) else node
+
+
+def is_tensor(node: Any) -> bool:
+    return isinstance(node, Node) and isinstance(value(node), torch.Tensor)
+
+
+def same_size(a: Any, b: Any) -> bool:
+    """Whether two sizes are provably equal, without adding a guard."""
+    if isinstance(a, torch.SymInt) and isinstance(b, torch.SymInt):
+        return bool(a.node.expr == b.node.expr)
+    return type(a) is type(b) and a == b
+
+
+def same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dim() == b.dim() and all(map(same_size, a.shape, b.shape))
+
+
+def is_static(tensor: torch.Tensor) -> bool:
+    return all(isinstance(s, int) for s in (*tensor.shape, *tensor.stride(), tensor.storage_offset()))
+
+
+def writes(node: Node) -> list[Node]:
+    """The argument nodes that ``node`` writes in place."""
+    written: Iterable[Any] = ()
+    if node.op == "call_method":
+        name = str(node.target)
+        if name.endswith("_") and not name.endswith("__"):
+            written = node.args[:1]
+    elif node.target in _INPLACE_OPERATORS or node.kwargs.get("inplace"):
+        written = node.args[:1]
+    elif isinstance(node.target, torch._ops.OpOverload):
+        schema = node.target._schema
+        if schema.is_mutable:
+            written = [a for a, s in zip(node.args, schema.arguments, strict=False) if s.is_write]
+    elif getattr(node.target, "__name__", "").endswith("_") and not node.target.__name__.endswith("__"):
+        written = node.args[:1]
+    if isinstance(node.kwargs.get("out"), Node):
+        written = [*written, node.kwargs["out"]]
+    return [w for w in written if is_tensor(w)]
+
+
+def storage(node: Node) -> int | None:
+    """An identity that nodes which may share memory share."""
+    tensor = value(node)
+    return StorageWeakRef(tensor.untyped_storage()).cdata if isinstance(tensor, torch.Tensor) else None
+
+
+def module_path(node: Node) -> str:
+    """The module a node came from, as in ``named_modules()``."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path = next(reversed(stack.values()))[0]
+    return path.replace("L['self'].", "").replace("L['self']", "")

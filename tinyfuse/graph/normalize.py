@@ -1,0 +1,200 @@
+"""One spelling for everything: the graph that patterns are written against.
+
+Nodes are changed in place, so a node of the original graph and its normal form are one object.
+
+* methods and operators become ``torch`` functions, keyword arguments become positional, defaults are filled in;
+* dtype conversions become ``cast(x, dtype)``; ``view`` becomes ``reshape``; dims become non-negative;
+* conversions to the same dtype, contiguous() of a contiguous tensor, reshapes and expands to the same
+  shape, dropout in evaluation and API logging vanish.
+
+Everything else stays as it was.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.fx import Graph, Node
+
+from tinyfuse.graph.nodes import cast, gelu, is_static, is_tensor, same_shape, sdpa, value
+
+_METHODS: dict[str, Callable] = {
+    "add": torch.add, "sub": torch.sub, "mul": torch.mul, "div": torch.div, "neg": torch.neg, "pow": torch.pow,
+    "square": torch.square, "rsqrt": torch.rsqrt, "sqrt": torch.sqrt, "mean": torch.mean, "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh, "cos": torch.cos, "sin": torch.sin, "matmul": torch.matmul, "bmm": torch.bmm,
+    "softmax": torch.softmax, "view": torch.reshape, "reshape": torch.reshape, "transpose": torch.transpose,
+    "permute": torch.permute, "unsqueeze": torch.unsqueeze, "squeeze": torch.squeeze, "flatten": torch.flatten,
+    "chunk": torch.chunk, "split": torch.split, "expand": torch.Tensor.expand,
+    "contiguous": torch.Tensor.contiguous, "repeat_interleave": torch.repeat_interleave,
+    "masked_fill": torch.masked_fill, "clamp": torch.clamp, "index_copy_": torch.Tensor.index_copy_,
+}  # fmt: skip
+_FUNCTIONS: dict[Callable, Callable] = {
+    operator.add: torch.add, operator.sub: torch.sub, operator.mul: torch.mul, operator.truediv: torch.div,
+    operator.neg: torch.neg, operator.pow: torch.pow, operator.matmul: torch.matmul, torch.multiply: torch.mul,
+    torch.divide: torch.div, torch.subtract: torch.sub, torch.nn.functional.sigmoid: torch.sigmoid,
+    torch.nn.functional.tanh: torch.tanh, torch.nn.functional.softmax: torch.softmax, torch.relu: F.relu,
+    torch.swapaxes: torch.transpose, torch.concat: torch.cat, torch.layer_norm: F.layer_norm, F.gelu: gelu,
+    F.scaled_dot_product_attention: sdpa,
+}  # fmt: skip
+_REQUIRED = object()
+# Parameter names and defaults of the canonical functions; a call with other arguments is left as it is.
+_SIGNATURES: dict[Callable, dict[str, Any]] = {
+    torch.add: {"input": _REQUIRED, "other": _REQUIRED},
+    torch.sub: {"input": _REQUIRED, "other": _REQUIRED},
+    torch.mul: {"input": _REQUIRED, "other": _REQUIRED},
+    torch.div: {"input": _REQUIRED, "other": _REQUIRED},
+    torch.pow: {"input": _REQUIRED, "exponent": _REQUIRED},
+    torch.mean: {"input": _REQUIRED, "dim": None, "keepdim": False},
+    torch.softmax: {"input": _REQUIRED, "dim": _REQUIRED, "dtype": None},
+    torch.transpose: {"input": _REQUIRED, "dim0": _REQUIRED, "dim1": _REQUIRED},
+    torch.unsqueeze: {"input": _REQUIRED, "dim": _REQUIRED},
+    torch.chunk: {"input": _REQUIRED, "chunks": _REQUIRED, "dim": 0},
+    torch.split: {"tensor": _REQUIRED, "split_size_or_sections": _REQUIRED, "dim": 0},
+    torch.cat: {"tensors": _REQUIRED, "dim": 0},
+    torch.stack: {"tensors": _REQUIRED, "dim": 0},
+    torch.flatten: {"input": _REQUIRED, "start_dim": 0, "end_dim": -1},
+    torch.repeat_interleave: {"input": _REQUIRED, "repeats": _REQUIRED, "dim": None},
+    torch.addmm: {"input": _REQUIRED, "mat1": _REQUIRED, "mat2": _REQUIRED},
+    F.linear: {"input": _REQUIRED, "weight": _REQUIRED, "bias": None},
+    gelu: {"input": _REQUIRED, "approximate": "none"},
+    F.silu: {"input": _REQUIRED, "inplace": False},
+    F.relu: {"input": _REQUIRED, "inplace": False},
+    F.layer_norm: {"input": _REQUIRED, "normalized_shape": _REQUIRED, "weight": None, "bias": None, "eps": 1e-5},
+    F.rms_norm: {"input": _REQUIRED, "normalized_shape": _REQUIRED, "weight": None, "eps": None},
+    sdpa: {
+        "query": _REQUIRED, "key": _REQUIRED, "value": _REQUIRED, "attn_mask": None, "dropout_p": 0.0,
+        "is_causal": False, "scale": None, "enable_gqa": False,
+    },
+}  # fmt: skip
+_DTYPE_METHODS = {
+    "float": torch.float32,
+    "half": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "double": torch.float64,
+    "int": torch.int32,
+    "long": torch.int64,
+    "bool": torch.bool,
+}
+_SHAPE_ARGS = {torch.reshape, torch.permute, torch.Tensor.expand}
+_DIM_ARGS = {
+    torch.mean: (1,), torch.softmax: (1,), torch.transpose: (1, 2), torch.chunk: (2,), torch.split: (2,),
+    torch.flatten: (1, 2), torch.cat: (1,),
+}  # fmt: skip
+
+
+def normalize(graph: Graph) -> None:
+    """Bring a Dynamo graph into normal form, in place. Every tensor node must carry ``meta["example_value"]``."""
+    for node in list(graph.nodes):
+        if node.op not in ("call_function", "call_method"):
+            continue
+        if node.target is torch._C._log_api_usage_once:
+            graph.erase_node(node)
+            continue
+        _canonical_call(node)
+        source = _same_as(node)
+        if source is not None:
+            node.replace_all_uses_with(source)
+            graph.erase_node(node)
+
+
+def _canonical_call(node: Node) -> None:
+    if not any(map(is_tensor, node.all_input_nodes)):
+        return  # arithmetic on sizes
+    if node.op == "call_method":
+        dtype = _conversion(node)
+        if dtype is not None:
+            _become(node, cast, (node.args[0], dtype))
+            return
+        target = _METHODS.get(str(node.target))
+        if target is None:
+            return
+    else:
+        target = _FUNCTIONS.get(node.target, node.target)
+        if isinstance(target, torch._ops.OpOverloadPacket):
+            target = target.default
+        if target is F.softmax:
+            target = torch.softmax
+    args = _positional(target, node)
+    if args is not None:
+        _become(node, target, args)
+
+
+def _positional(target: Callable, node: Node) -> tuple | None:
+    """``node``'s arguments for ``target`` in order with defaults filled in, or None if they do not fit."""
+    args, kwargs = node.args, dict(node.kwargs)
+    if target in _SHAPE_ARGS:
+        shape = args[1:] or tuple(kwargs.pop("shape", kwargs.pop("size", ())))
+        shape = tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else tuple(shape)
+        return None if kwargs or (node.target == "view" and not _is_size(shape)) else (args[0], shape)
+    if target is torch.Tensor.contiguous:
+        return None if kwargs else args[:1]
+    if target is torch.softmax and node.target is F.softmax:
+        kwargs.pop("_stacklevel", None)
+        args = args[:2] + args[3:]
+    signature = _SIGNATURES.get(target)
+    if signature is None:
+        return None if kwargs else args
+    if target is torch.cat and "axis" in kwargs:
+        kwargs["dim"] = kwargs.pop("axis")
+    names = list(signature)
+    bound = {**signature, **dict(zip(names, args, strict=False)), **kwargs}
+    if len(args) > len(names) or len(bound) != len(names):
+        return None
+    if bound.pop("inplace", False):
+        return None
+    filled = list(bound.values())
+    for position in _DIM_ARGS.get(target, ()):
+        filled[position] = _positive_dim(filled[position], filled[0])
+    return tuple(filled)
+
+
+def _is_size(shape: tuple) -> bool:
+    return all(not isinstance(s, torch.dtype) for s in shape)  # view(dtype) reinterprets memory
+
+
+def _positive_dim(dim: Any, tensor: Any) -> Any:
+    first = tensor[0] if isinstance(tensor, (tuple, list)) else tensor
+    rank = value(first).dim()
+    if isinstance(dim, (tuple, list)) and len(dim) == 1:
+        dim = dim[0]
+    return dim + rank if isinstance(dim, int) and not isinstance(dim, bool) and dim < 0 else dim
+
+
+def _conversion(node: Node) -> torch.dtype | None:
+    """The dtype a method call converts to, if that is all it does."""
+    name = str(node.target)
+    if name in _DTYPE_METHODS:
+        return _DTYPE_METHODS[name] if len(node.args) == 1 and not node.kwargs else None
+    if name not in ("to", "type", "type_as"):
+        return None
+    source, result = value(node.args[0]), value(node)
+    if source.device != result.device or node.kwargs.get("copy") or "memory_format" in node.kwargs:
+        return None
+    return result.dtype
+
+
+def _become(node: Node, target: Callable, args: tuple) -> None:
+    node.op, node.target, node.args, node.kwargs = "call_function", target, args, {}
+
+
+def _same_as(node: Node) -> Node | None:
+    """The input that ``node`` merely passes on."""
+    if node.target in (F.dropout, torch.dropout):
+        bound = dict(zip(("input", "p", "training"), node.args, strict=False)) | node.kwargs
+        idle = bound.get("training", True) is False or bound.get("p", 0.5) == 0.0
+        return bound["input"] if idle else None
+    source = node.args[0] if node.args else None
+    if not is_tensor(source) or not is_tensor(node):
+        return None
+    before, after = value(source), value(node)
+    if node.target is cast:
+        return source if before.dtype == after.dtype else None
+    if node.target in (torch.reshape, torch.Tensor.expand):
+        return source if same_shape(before, after) else None
+    if node.target is torch.Tensor.contiguous:
+        return source if is_static(before) and before.is_contiguous() else None
+    return None

@@ -1,0 +1,195 @@
+"""Apply patterns to a normalised graph.
+
+A match becomes a rewrite only if nothing else in the graph can tell the difference: inner values have no
+other users, the inputs exist before the first use of the result, and no write moves across a read of the same memory.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch._guards import detect_fake_mode
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+
+from tinyfuse.graph.nodes import is_tensor, storage, value, writes
+from tinyfuse.graph.pattern import Binding, Call, Capture, Match, Pattern, match, walk
+
+
+@dataclass
+class Outcome:
+    """What the patterns did to a graph: ``covered`` maps each node of a match to its pattern and replacement;
+    ``declined`` maps nodes to the pattern that nearly matched and why it did not; ``hits`` counts per pattern."""
+
+    covered: dict[Node, tuple[Pattern, Node]] = field(default_factory=dict)
+    declined: dict[Node, tuple[Pattern, str]] = field(default_factory=dict)
+    hits: Counter[str] = field(default_factory=Counter)
+
+    def final(self, node: Node) -> tuple[list[Pattern], Node]:
+        """The patterns that ``node`` went through and the node that computes it now."""
+        path = []
+        while node in self.covered:
+            pattern, node = self.covered[node]
+            path.append(pattern)
+        return path, node
+
+
+def rewrite(graph: Graph, patterns: Sequence[Pattern]) -> Outcome:
+    """Apply ``patterns`` stage by stage, the largest first, until none of them matches."""
+    outcome = Outcome()
+    for stage in ("lift", "fuse"):
+        for pattern in sorted((p for p in patterns if p.stage == stage), key=lambda p: (-p.size, p.name)):
+            _apply(graph, pattern, outcome)
+    return outcome
+
+
+def _apply(graph: Graph, pattern: Pattern, outcome: Outcome) -> None:
+    heads = pattern.targets()
+    order: dict[Node, int] | None = None
+    for node in list(graph.nodes):
+        if node.target not in heads or node.op != "call_function" or node._erased:
+            continue
+        order = order or {n: i for i, n in enumerate(graph.nodes)}
+        if _rewrite_at(graph, node, pattern, order, outcome):
+            order = None
+
+
+def _rewrite_at(graph: Graph, node: Node, pattern: Pattern, order: dict[Node, int], outcome: Outcome) -> bool:
+    reason = None
+    for binding, roots in _matches(pattern, node):
+        found = Match(binding, roots)
+        reason = _refusal(found, pattern)
+        site = _Site(found, pattern, order)
+        reason = reason or site.refusal()
+        if reason is None:
+            replacement = pattern.to(found)
+            if replacement is not None:
+                effects = pattern.effects(found) if pattern.effects else ()
+                site.replace(graph, replacement, effects, outcome)
+                return True
+            reason = "the pattern declines it"
+    if reason is not None:
+        outcome.declined.setdefault(node, (pattern, reason))
+    return False
+
+
+def _matches(pattern: Pattern, node: Node) -> Iterator[tuple[Binding, list[Node]]]:
+    """Matches of all roots, the first at ``node``, the others among the users of what is bound by then."""
+
+    def extend(binding: Binding, roots: list[Node]) -> Iterator[tuple[Binding, list[Node]]]:
+        if len(roots) == len(pattern.roots):
+            yield binding, roots
+            return
+        root = pattern.roots[len(roots)]
+        for candidate in _candidates(root, binding):
+            if candidate not in roots:
+                for extended in match(root, candidate, binding):
+                    yield from extend(extended, [*roots, candidate])
+
+    for binding in match(pattern.roots[0], node, {}):
+        yield from extend(binding, [node])
+
+
+def _candidates(root: Any, binding: Binding) -> list[Node]:
+    """Where ``root`` may match: itself if it is bound, else the transitive-one users of its bound parts."""
+    if root in binding:
+        return [binding[root]]
+    for part in walk(root):
+        known = binding.get(part.name) if isinstance(part, Capture) else binding.get(part) if part is not root else None
+        if isinstance(known, Node) and part in getattr(root, "args", ()):
+            return [u for u in known.users if u.target is root.target]
+    return []
+
+
+def _refusal(found: Match, pattern: Pattern) -> str | None:
+    return next((check.reason for check in pattern.where if not check.holds(found)), None)
+
+
+class _Site:
+    """One match in the graph: what is inside, what comes in, where the replacement may stand."""
+
+    def __init__(self, found: Match, pattern: Pattern, order: dict[Node, int]):
+        self.found, self.pattern, self.order = found, pattern, order
+        shared = {n for e, n in found.nodes.items() if isinstance(e, Call) and e.shared}
+        self.inside = (set(found.nodes.values()) | set(found.roots)) - shared
+        self.inputs = {c for c in found.captures.values() if isinstance(c, Node)} | shared
+
+    def refusal(self) -> str | None:
+        for node in self.inside - set(self.found.roots):
+            if any(user not in self.inside for user in node.users):
+                return f"its inner value '{node.name}' is used elsewhere too"
+        ready = max((self.order[n] for n in self.inputs), default=-1)
+        outside = [u for root in self.found.roots for u in root.users if u not in self.inside]
+        needed = min((self.order[u] for u in outside), default=len(self.order))
+        last = max(self.order[n] for n in self.inside)
+        self.position = min(last, needed - 1)
+        if ready > self.position:
+            return "an input is computed only after the result is first used"
+        return self._hazard()
+
+    def _hazard(self) -> str | None:
+        """A write of an input, or an access to what the match writes, that the rewrite would move across."""
+        first = min(self.order[n] for n in self.inside)
+        last = max(self.position, max(self.order[n] for n in self.inside))
+        read = {storage(n) for n in self.inputs} - {None}
+        written = {storage(w) for n in self.inside for w in writes(n)}
+        for node, index in self.order.items():
+            if first < index <= last and node not in self.inside:
+                if any(storage(w) in read for w in writes(node)):
+                    return f"an input is written in place by '{node.name}' in between"
+                if any(is_tensor(a) and storage(a) in written for a in node.all_input_nodes):
+                    return f"'{node.name}' uses the memory it writes in between"
+        return None
+
+    def replace(self, graph: Graph, values: Sequence[Any], effects: Sequence[Call], outcome: Outcome) -> None:
+        anchor = next(n for n, i in self.order.items() if i == self.position)
+        build = _Builder(graph, anchor, self.found.roots[0])
+        with graph.inserting_after(anchor):
+            news = [build(e) for e in (*effects, *values)]
+        main = next(n for n in news if n is not None)
+        while main in build.made and main.target is operator.getitem:
+            main = main.args[0]
+        for root, new in zip(self.found.roots, news[len(effects) :], strict=True):
+            if new is not None:
+                root.replace_all_uses_with(new, delete_user_cb=lambda user: user not in build.made)
+        for node in sorted(self.inside, key=self.order.__getitem__, reverse=True):
+            outcome.covered[node] = (self.pattern, main)
+            graph.erase_node(node)
+        outcome.hits[self.pattern.name] += 1
+
+
+class _Builder:
+    """Emits replacement expressions after ``anchor``, in order, with example values."""
+
+    def __init__(self, graph: Graph, anchor: Node, origin: Node):
+        self.graph, self.last, self.origin = graph, anchor, origin
+        self.made: set[Node] = set()
+        self.done: dict[int, Node] = {}
+
+    def __call__(self, expr: Any) -> Any:
+        if isinstance(expr, (tuple, list)):
+            return type(expr)(self(e) for e in expr)
+        if not isinstance(expr, Call):
+            return expr
+        if id(expr) not in self.done:
+            args = tuple(self(a) for a in expr.args)
+            with self.graph.inserting_after(self.last):
+                node = self.graph.call_function(expr.target, args)
+            self.last = node
+            self.made.add(node)
+            self.done[id(expr)] = node
+            node.meta["example_value"] = run_fake(node)
+            node.meta["nn_module_stack"] = self.origin.meta.get("nn_module_stack")
+        return self.done[id(expr)]
+
+
+def run_fake(node: Node) -> Any:
+    """The example value of a call, from those of its arguments."""
+    args = map_arg(node.args, value)
+    with detect_fake_mode(args) or nullcontext():
+        return node.target(*args)
