@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch._guards import detect_fake_mode
+from torch._subclasses import FakeTensor
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
@@ -191,5 +191,6 @@ class _Builder:
 def run_fake(node: Node) -> Any:
     """The example value of a call, from those of its arguments."""
     args = map_arg(node.args, value)
-    with detect_fake_mode(args) or nullcontext():
+    fake = next((v for v in map(value, node.all_input_nodes) if isinstance(v, FakeTensor)), None)
+    with fake.fake_mode if fake is not None else nullcontext():
         return node.target(*args)

@@ -1,0 +1,67 @@
+"""The ``torch.compile`` backend: normalize, lift, fuse, lower, run; the stock graph whenever anything fails."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from tinyfuse import fallback
+from tinyfuse.graph.library import all_patterns
+from tinyfuse.graph.lower import lower
+from tinyfuse.graph.normalize import normalize
+from tinyfuse.graph.rewrite import rewrite
+
+MODES = (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+OPTIONS = ("leftovers",)
+
+
+def backend(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+    **_: Any,
+) -> Callable[..., Any]:
+    """Compile a Dynamo graph. ``mode`` takes the names ``torch.compile`` documents; ``options``: none yet.
+
+    Raises ValueError for an unknown mode or option. Any other failure returns the stock graph, with a warning.
+    """
+    _check(mode, options or {})
+    if os.environ.get("TINYFUSE_DISABLE") == "1":
+        return gm.forward
+    if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs):
+        fallback.record("backend", "gradients are needed, so the stock graph runs: call it under torch.no_grad()")
+        return gm.forward
+    try:
+        return compile_graph(gm)
+    except fallback.FallbackError:
+        raise
+    except Exception as error:
+        fallback.record("backend", f"compilation failed, the stock graph runs: {type(error).__name__}: {error}", error)
+        return gm.forward
+
+
+def _check(mode: str | None, options: dict[str, Any]) -> None:
+    if mode not in MODES:
+        raise ValueError(f"tinyfuse: unknown mode {mode!r}; use one of {', '.join(map(repr, MODES))}")
+    unknown = sorted(set(options) - set(OPTIONS))
+    if unknown:
+        raise ValueError(f"tinyfuse: unknown options {unknown}; use {', '.join(OPTIONS)}")
+
+
+def compile_graph(gm: GraphModule) -> Callable[..., Any]:
+    """Rewrite a copy of ``gm``'s graph and return what runs it."""
+    graph = Graph()
+    originals: dict[Node, Node] = {}
+    output = graph.graph_copy(gm.graph, originals)
+    graph.output(output)
+    normalize(graph)
+    rewrite(graph, all_patterns())
+    run, _ = lower(graph)
+    return run
