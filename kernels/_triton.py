@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+from functools import cache
 from types import SimpleNamespace
+
+import torch
 
 try:
     import triton
@@ -21,3 +25,11 @@ except ImportError as error:
 def interpreted() -> bool:
     """Whether ``TRITON_INTERPRET=1`` runs the kernels in Python on the CPU."""
     return triton is not None and triton.knobs.runtime.interpret
+
+
+@cache
+def pdl(device: torch.device) -> bool:
+    """Whether kernels on ``device`` are launched with programmatic dependent launch (SM90 and later)."""
+    if interpreted() or device.type != "cuda" or os.environ.get("TINYFUSE_PDL") == "0":
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
