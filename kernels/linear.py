@@ -7,6 +7,7 @@ Sums run in fp32 or wider and are rounded to x's dtype once (the residual may be
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -29,3 +30,26 @@ def reference(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | No
 OP = register(
     "linear(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, Tensor? residual) -> Tensor", reference=reference
 )
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, weight, scale, bias, _ = inputs
+    ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, scale)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx, grad: Tensor):
+    """Gradients to x, a float weight, the bias and the residual; an int8 weight and its scale have none."""
+    x, weight, scale = ctx.saved_tensors
+    rows = grad.reshape(-1, grad.shape[-1])
+    need_x, need_weight, _, need_bias, need_residual = ctx.needs_input_grad
+    return (
+        grad @ dequantize(weight, scale, grad.dtype) if need_x else None,
+        rows.T @ x.reshape(-1, x.shape[-1]) if need_weight else None,
+        None,
+        rows.sum(0).to(ctx.bias_dtype) if need_bias else None,
+        grad if need_residual else None,
+    )
+
+
+torch.library.register_autograd("tinyfuse::linear", _backward, setup_context=_setup_context)

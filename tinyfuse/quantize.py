@@ -1,0 +1,411 @@
+"""int8 weight-only quantisation: symmetric, one scale per output channel.
+
+    scale[n] = max_k |W[n, k]| / 127        q[n, k] = round_half_even(W[n, k] / scale[n])        W ≈ scale[:, None] * q
+
+Everything is computed in fp32, so |q| ≤ 127 without clamping, and the bytes depend on the weights alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+import tinyfuse.kernels.linear  # noqa: F401  (defines torch.ops.tinyfuse.linear)
+
+SCHEMES = ("int8",)
+SMALLEST = 32  # a layer with N or K below this is left alone: nothing to win
+CHUNK = 1 << 22  # weights converted at a time: 16 MiB in fp32
+
+
+class _Int8(nn.Module):
+    """``weight`` int8 [N, K] and ``weight_scale`` fp32 [N] that follow the device but never the dtype.
+
+    The weight is a parameter, because ties, sharding, offloading and PEFT look for parameters; it takes no
+    gradient. The scale is a buffer, because a model's dtype is the dtype of its first floating-point parameter.
+    """
+
+    weight: nn.Parameter
+    weight_scale: Tensor
+
+    def _apply(self, fn, recurse=True):
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            fixed = tensor is self.weight or tensor is self.weight_scale
+            return tensor.to(moved.device) if fixed and moved.dtype != tensor.dtype else moved
+
+        return super()._apply(keep_dtype, recurse)
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+        given = state_dict.get(f"{prefix}weight")
+        if given is not None and given.dtype != torch.int8:
+            errors.append(f"{prefix}weight is {given.dtype}, the module is int8: load it before quantize_()")
+            return
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+
+
+class Int8Linear(_Int8, nn.Linear):
+    """``y = x (weight_scale[:, None] * weight)^T + bias``: x [..., K] of any floating dtype, y [..., N] in x's dtype.
+
+    It is an ``nn.Linear`` to those who look for linears (PEFT), except that the weight cannot be trained;
+    gradients reach ``x`` and ``bias``. Under autocast it computes in the autocast dtype, like ``nn.Linear``.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, device=None, dtype=None):
+        nn.Module.__init__(self)  # nn.Linear's would allocate and draw a float weight
+        self.in_features, self.out_features = in_features, out_features
+        weight = torch.zeros(out_features, in_features, dtype=torch.int8, device=device)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.register_buffer("weight_scale", torch.ones(out_features, dtype=torch.float32, device=device))
+        self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):  # or the sums inside the op would be autocast too
+                return self._linear(x.to(torch.get_autocast_dtype(device)))
+        return self._linear(x)
+
+    def _linear(self, x: Tensor) -> Tensor:
+        bias = self.bias
+        if bias is not None and bias.dtype != x.dtype:
+            bias = bias.to(x.dtype)
+        return torch.ops.tinyfuse.linear(x, self.weight, self.weight_scale, bias, None)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, weight=int8"
+
+
+class Int8Embedding(_Int8):
+    """Rows of an int8 table: ``weight_scale[ids] * weight[ids]``, rounded to ``dtype``, times ``embed_scale``.
+
+    ids [...] integer; returns [..., K]. The table and the scales may be those of a tied ``Int8Linear``.
+    ``dtype`` is what the float table had and follows ``model.to(dtype)``.
+    """
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, device=None, dtype=None):
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.dtype, self.embed_scale = dtype or torch.get_default_dtype(), 1.0
+        weight = torch.zeros(num_embeddings, embedding_dim, dtype=torch.int8, device=device)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.register_buffer("weight_scale", torch.ones(num_embeddings, dtype=torch.float32, device=device))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = F.embedding(ids, self.weight).float() * F.embedding(ids, self.weight_scale[:, None])
+        rows = rows.to(self.dtype)
+        return rows if self.embed_scale == 1.0 else rows * self.embed_scale
+
+    def _apply(self, fn, recurse=True):
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight.device)).dtype
+        return super()._apply(fn, recurse)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, dtype={self.dtype}, weight=int8"
+
+
+class QuantizedModule(NamedTuple):
+    """One converted module. Bytes are those of weight and scale; a tied weight counts where it comes first."""
+
+    name: str
+    kind: str
+    N: int
+    K: int
+    bytes_before: int
+    bytes_after: int
+
+
+@dataclass
+class QuantizeReport:
+    """What :func:`quantize_` converted, what it left alone and why, and the bytes of the whole model."""
+
+    scheme: str
+    modules: list[QuantizedModule] = field(default_factory=list)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    bytes_before: int = 0
+    bytes_after: int = 0
+
+    def to_dict(self) -> dict:
+        return {**asdict(self), "modules": [module._asdict() for module in self.modules]}
+
+    def __str__(self) -> str:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(m.kind for m in self.modules).items())
+        before, after = self.bytes_before / 1e6, self.bytes_after / 1e6
+        lines = [f"{self.scheme}: {kinds}; {before:.1f} MB -> {after:.1f} MB" if kinds else "nothing to quantise"]
+        reasons: dict[str, list[str]] = {}
+        for name, reason in self.skipped:
+            reasons.setdefault(reason, []).append(name)
+        for reason, names in reasons.items():
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            lines.append(f"left alone: {names[0] or 'the model'}{more}: {reason}")
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def quantize_(
+    model: nn.Module, scheme: str = "int8", filter_fn: Callable[[nn.Module, str], bool] | None = None
+) -> QuantizeReport:
+    """Convert the linear weights of ``model`` to int8 in place, on whatever device each of them is.
+
+    Taken are ``nn.Linear`` and transformers' ``Conv1D``, the output head included; an embedding is converted only
+    together with a head that is tied to it, and they stay tied. Left in high precision are mixture-of-experts
+    routers, adapters, layers narrower than 32, subclasses of ``nn.Linear`` and layers whose weight other code reads;
+    the report gives the reason for each. ``filter_fn(module, name)`` narrows the choice: only linears for which it
+    is true are converted.
+
+    The modules keep their identity (hooks, references to them, training flag); each float weight is released before
+    the next layer is converted, and no fp32 copy of a whole weight is made. A second call changes nothing.
+
+    Raises ``TypeError`` if ``model`` is not a module and ``ValueError`` for an unknown scheme, or if a chosen weight
+    is on the meta device or holds NaN or Inf; the model is then unchanged.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"quantize_ takes a torch.nn.Module, not {type(model).__name__}")
+    if scheme not in SCHEMES:
+        raise ValueError(f"unknown scheme {scheme!r}; valid schemes: {', '.join(SCHEMES)}")
+    report = QuantizeReport(scheme, bytes_before=_bytes(model))
+    groups = _choose(model, filter_fn, report.skipped)
+    scales = [_scale(*group[0]) for group in groups]
+    for group, scale in zip(groups, scales, strict=True):
+        report.modules += _convert(group, scale)
+    _tie_scales(model, {f"{name}.weight" for group in groups if len(group) > 1 for name, _ in group})
+    report.bytes_after = _bytes(model)
+    return report
+
+
+Group = list[tuple[str, nn.Module]]  # the modules that share one weight, by name
+
+
+def _choose(model: nn.Module, filter_fn, skipped: list[tuple[str, str]]) -> list[Group]:
+    """Group the modules to convert by weight; ``skipped`` receives (name, reason) of the linears that are not."""
+    owners: dict[int, Group] = {}
+    reasons: dict[nn.Module, str | None] = {}
+    for name, module in model.named_modules():
+        skipped += [(f"{name}.{key}", "3-D expert weights stay as they are") for key in _expert_weights(module)]
+        for weight in module._parameters.values():
+            if weight is not None:
+                owners.setdefault(id(weight), []).append((name, module))
+        if isinstance(module, nn.Linear) or _is_conv1d(module):
+            reason = _why_not(model, name, module)
+            if reason is None and filter_fn is not None and not filter_fn(module, name):
+                reason = "filter_fn leaves it out"
+            reasons[module] = reason
+    chosen: dict[int, Group] = {}
+    for name, module in model.named_modules():
+        if module not in reasons:
+            continue
+        weight = module._parameters.get("weight")
+        reason = reasons[module] or _why_not_shared(model, owners[id(weight)], reasons)
+        if reason is None:
+            chosen[id(weight)] = owners[id(weight)]
+        else:
+            skipped.append((name, reason))
+    return list(chosen.values())
+
+
+def _why_not_shared(model: nn.Module, group: Group, reasons: dict[nn.Module, str | None]) -> str | None:
+    """All modules that share a weight are converted, or none."""
+    for name, module in group:
+        if isinstance(module, nn.Embedding):
+            reason = _why_not_embedding(model, name, module)
+        else:
+            reason = reasons.get(module, f"it is a {type(module).__name__}")
+        if reason is not None:
+            return f"its weight is tied to {name}, which stays as it is: {reason}"
+    return "its weight is shared between layouts" if len({_is_conv1d(module) for _, module in group}) > 1 else None
+
+
+def _why_not(model: nn.Module, name: str, module: nn.Module) -> str | None:
+    """Why this linear stays as it is, or None."""
+    weight = module._parameters.get("weight")
+    parts = name.split(".")
+    if isinstance(module, Int8Linear):
+        return "it is int8 already"
+    if parametrize.is_parametrized(module) or weight is None:
+        return "its weight is parametrised: remove the parametrisation first"
+    if type(module) is not nn.Linear and not _is_conv1d(module):
+        return f"it is a {type(module).__name__}, which may use its weight in its own way"
+    if type(weight) is not nn.Parameter or not weight.is_floating_point() or weight.element_size() < 2:
+        return f"its weight is a {type(weight).__name__} of {weight.dtype}, not a plain float tensor"
+    if _has_own_forward(module):
+        return "its forward is replaced on the instance"
+    if _in_adapter(model, parts):
+        return "it is part of an adapter that is trained"
+    if "router" in name or (parts[-1] in ("gate", "gating", "wg") and weight.shape[0] <= 1024):
+        return "routers stay in high precision"
+    if min(weight.shape) < SMALLEST:
+        return f"N or K is below {SMALLEST}"
+    return _why_read(model, name)
+
+
+def _why_not_embedding(model: nn.Module, name: str, module: nn.Embedding) -> str | None:
+    weight = module._parameters.get("weight")
+    if weight is None or module.max_norm is not None or _has_own_forward(module):
+        return "its table or its forward is not the plain one"
+    if type(module) is not nn.Embedding and weight.device.type != "meta":
+        ids = torch.tensor([0, module.num_embeddings // 2, module.num_embeddings - 1], device=weight.device)
+        rows, scale = F.embedding(ids, weight), _embed_scale(module)
+        try:
+            found = type(module).forward(module, ids)
+        except Exception as error:
+            return f"it is a {type(module).__name__}, which does not take ids alone: {error}"
+        if not torch.equal(found, rows if scale == 1.0 else rows * scale):
+            return f"it is a {type(module).__name__}, which does more than look up rows"
+    return _why_read(model, name)
+
+
+def _why_read(model: nn.Module, name: str) -> str | None:
+    """Whether the code around a module reads its weight itself: int8 values, or their dtype, would mislead it."""
+    parts = [part for part in name.split(".") if part != "base_layer"]  # PEFT's wrapper passes attributes through
+    leaf = re.escape(parts[-1])
+    for depth in range(len(parts) if name else 0):
+        parent = model.get_submodule(".".join(parts[:depth]))
+        source = _forward_source(type(parent))
+        if f"{parts[-1]}.weight.dtype != torch.int8" in source:
+            continue
+        if re.search(rf"\b{leaf}\.weight\b(?!\.(?:device|shape|size|ndim)\b)", source):
+            return f"{type(parent).__name__} reads its weight directly"
+    return None
+
+
+@cache
+def _forward_source(cls: type) -> str:
+    """The source of the methods of ``cls`` that run in a forward pass; empty where there is none to read."""
+    sources = []
+    for base in cls.__mro__:
+        if base.__module__.startswith("torch.") or base.__name__ == "PreTrainedModel":
+            continue
+        for name, method in vars(base).items():
+            if inspect.isfunction(method) and name not in ("__init__", "_init_weights", "reset_parameters"):
+                try:
+                    sources.append(inspect.getsource(method))
+                except OSError:  # defined in a shell
+                    continue
+    return "\n".join(sources)
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    """Whether the instance runs something else than its class's forward; accelerate's hooks keep that one."""
+    forward = vars(module).get("_old_forward" if hasattr(module, "_hf_hook") else "forward")
+    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
+
+
+def _in_adapter(model: nn.Module, parts: list[str]) -> bool:
+    """Whether the path leads into the trained part of a PEFT layer."""
+    if "modules_to_save" in parts:
+        return True
+    for depth in range(1, len(parts)):
+        parent = model.get_submodule(".".join(parts[:depth]))
+        if parts[depth] in getattr(parent, "adapter_layer_names", ()):
+            return True
+    return False
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """Whether it is transformers' Conv1D, a linear with the weight as [K, N]; transformers is not imported for it."""
+    library = sys.modules.get("transformers.pytorch_utils")
+    return library is not None and type(module) is library.Conv1D
+
+
+def _expert_weights(module: nn.Module) -> list[str]:
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return []
+    return [
+        key
+        for key, weight in module._parameters.items()
+        if weight is not None and weight.ndim == 3 and weight.is_floating_point() and min(weight.shape) > 1
+    ]
+
+
+def _embed_scale(module: nn.Module) -> float:
+    """The factor of a scaled embedding as its forward applies it: a tensor is first rounded to the table's dtype."""
+    scale = getattr(module, "embed_scale", 1.0)
+    return scale.to(module.weight.dtype).item() if isinstance(scale, Tensor) else float(scale)
+
+
+def _scale(name: str, module: nn.Module) -> Tensor:
+    """fp32 [N]; 1 for rows of zeros and for rows too small for fp32 to divide by their scale."""
+    weight = module.weight
+    if weight.device.type == "meta":
+        raise ValueError(f"{name}.weight is on the meta device: load or materialise the weights before quantising")
+    rows = 0 if _is_conv1d(module) else 1
+    absmax = torch.maximum(weight.amax(rows), weight.amin(rows).neg()).float()
+    if not absmax.isfinite().all():
+        raise ValueError(f"{name}.weight contains NaN or Inf; nothing was quantised")
+    scale = absmax / 127
+    return torch.where(scale < torch.finfo(torch.float32).tiny, 1.0, scale)
+
+
+def _quantize_weight(weight: Tensor, scale: Tensor) -> Tensor:
+    """weight [N, K] of any strides to contiguous int8 [N, K], a few rows at a time."""
+    out = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    step = max(1, CHUNK // weight.shape[1])
+    for start in range(0, len(weight), step):
+        rows = slice(start, start + step)
+        out[rows] = weight[rows].float().div_(scale[rows, None]).round_()
+    return out
+
+
+def _convert(group: Group, scale: Tensor) -> list[QuantizedModule]:
+    """Replace the weight that ``group`` shares; nothing here keeps the float weight once it returns."""
+    transposed = _is_conv1d(group[0][1])
+    weight = group[0][1].weight
+    before, after = weight.nbytes, weight.numel() + scale.nbytes
+    N, K, dtype = len(scale), weight.numel() // len(scale), weight.dtype
+    quantized = nn.Parameter(_quantize_weight(weight.t() if transposed else weight, scale), requires_grad=False)
+    done = []
+    for name, module in group:
+        kind = "Conv1D" if transposed else "Embedding" if isinstance(module, nn.Embedding) else "Linear"
+        hook = _detach_accelerate_hook(module)
+        if kind == "Embedding":
+            embed_scale = _embed_scale(module)
+            module._buffers.pop("embed_scale", None)
+            module.dtype, module.embed_scale = dtype, embed_scale
+            module.__class__ = Int8Embedding
+        else:
+            module.in_features, module.out_features = K, N
+            module.__class__ = Int8Linear
+        module.weight = quantized
+        module.register_buffer("weight_scale", scale)
+        if hook is not None:
+            sys.modules["accelerate.hooks"].add_hook_to_module(module, hook)
+        done.append(QuantizedModule(name, kind, N, K, before, after))
+        before = after = 0
+    return done
+
+
+def _detach_accelerate_hook(module: nn.Module):
+    """accelerate wraps the bound forward of the old class; its hook is to be put back around the new one."""
+    hook = getattr(module, "_hf_hook", None)
+    if hook is not None:
+        sys.modules["accelerate.hooks"].remove_hook_from_module(module)
+    vars(module).pop("forward", None)
+    return hook
+
+
+def _tie_scales(model: nn.Module, tied: set[str]) -> None:
+    """Where a transformers model declares a tie between two converted weights, declare it for their scales too."""
+    for prefix, module in model.named_modules():
+        full = f"{prefix}." if prefix else ""
+        for attribute in ("_tied_weights_keys", "all_tied_weights_keys"):
+            keys = getattr(module, attribute, None)
+            if isinstance(keys, dict):
+                scales = {f"{a}_scale": f"{b}_scale" for a, b in keys.items() if {full + a, full + b} <= tied}
+                if scales:
+                    setattr(module, attribute, {**keys, **scales})
+
+
+def _bytes(model: nn.Module) -> int:
+    """Bytes of parameters and buffers, shared storages once."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum({tensor.untyped_storage()._cdata: tensor.nbytes for tensor in tensors}.values())
