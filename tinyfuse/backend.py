@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from tinyfuse.graph.library import all_patterns
 from tinyfuse.graph.lower import lower
 from tinyfuse.graph.normalize import normalize
 from tinyfuse.graph.rewrite import rewrite
+from tinyfuse.graph.tidy import batch_counters, drop_dead, share_common
 
 MODES = (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 OPTIONS = ("leftovers",)
@@ -62,6 +62,9 @@ def compile_graph(gm: GraphModule) -> Callable[..., Any]:
     output = graph.graph_copy(gm.graph, originals)
     graph.output(output)
     normalize(graph)
+    share_common(graph)
     rewrite(graph, all_patterns())
+    batch_counters(graph)
+    drop_dead(graph)
     run, _ = lower(graph)
     return run

@@ -1,0 +1,67 @@
+"""Equal views are shared, counters advance together, and nothing that writes in place is mistaken for either."""
+
+from __future__ import annotations
+
+import torch
+
+from tests.graphs import Built
+from tinyfuse.graph.pattern import call, tensor
+from tinyfuse.graph.tidy import batch_counters, drop_dead, share_common
+
+x, y = tensor("x y")
+
+
+def targets(built: Built) -> list:
+    return [n.target for n in built.graph.nodes if n.op in ("call_function", "call_method")]
+
+
+def test_equal_views_become_one() -> None:
+    first, second = call(torch.transpose, x, 0, 1), call(torch.transpose, x, 0, 1)
+    built = Built([first + y, second * y], {"x": torch.randn(3, 3), "y": torch.randn(3, 3)})
+    expected, _ = built.run()
+    share_common(built.graph)
+    assert targets(built).count(torch.transpose) == 1
+    torch.testing.assert_close(built.run()[0], expected)
+
+
+def test_an_arange_that_is_written_in_place_is_not_shared() -> None:
+    first, second = call(torch.arange, 3), call(torch.arange, 3)
+    written = call(torch.Tensor.add_, first, 1)
+    built = Built([written, second + x], {"x": torch.randn(3)})
+    expected, _ = built.run()
+    share_common(built.graph)
+    assert targets(built).count(torch.arange) == 2
+    torch.testing.assert_close(built.run()[0], expected)
+
+
+def counting(step: int, layers: int = 3) -> Built:
+    names = [f"c{i}" for i in range(layers)]
+    built = Built(
+        [call(torch.arange, 1) + tensor(n) for n in names], {n: torch.tensor(5 + i) for i, n in enumerate(names)}
+    )
+    output = next(n for n in built.graph.nodes if n.op == "output")
+    for node in built.graph.find_nodes(op="placeholder"):
+        with built.graph.inserting_before(output):
+            built.graph.call_method("add_", (node, step))
+    return built
+
+
+def test_counters_advance_in_one_launch() -> None:
+    built = counting(step=1)
+    expected = built.run()
+    share_common(built.graph)
+    batch_counters(built.graph)
+    drop_dead(built.graph)
+    built.graph.lint()
+    assert targets(built).count(torch._foreach_add_) == 1
+    assert torch.arange not in targets(built) and "add_" not in targets(built)
+    got = built.run()
+    assert [t.tolist() for t in got[0]] == [t.tolist() for t in expected[0]] == [[5], [6], [7]]
+    assert [t.item() for t in got[1]] == [t.item() for t in expected[1]] == [6, 7, 8]
+
+
+def test_counters_that_step_further_are_left_alone() -> None:
+    built = counting(step=2)
+    share_common(built.graph)
+    batch_counters(built.graph)
+    assert targets(built).count("add_") == 3

@@ -1,0 +1,78 @@
+"""Small rewrites that are no pattern: equal views computed once, dead ones dropped, cache counters advanced together."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from tinyfuse.graph.nodes import is_tensor, storage, value, writes
+from tinyfuse.graph.rewrite import run_fake
+
+_VIEWS = {torch.transpose, torch.unsqueeze, torch.permute, torch.Tensor.expand}
+
+
+def share_common(graph: Graph) -> None:
+    """Let equal views, and equal ``arange`` results that nothing writes, be one node."""
+    written = {storage(w) for node in graph.nodes for w in writes(node)}
+    seen: dict[Any, Node] = {}
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        constant = node.target is torch.arange and storage(node) not in written
+        if not constant and not (node.target in _VIEWS and is_tensor(node.args[0])):
+            continue
+        first = seen.setdefault((node.target, node.args, tuple(node.kwargs.items())), node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+            graph.erase_node(node)
+
+
+def drop_dead(graph: Graph) -> None:
+    """Erase views, ``arange`` calls and tuple items without users, which rewriting leaves behind."""
+    for node in reversed(graph.nodes):
+        if not node.users and node.target in (*_VIEWS, torch.reshape, torch.arange, operator.getitem):
+            graph.erase_node(node)
+
+
+def batch_counters(graph: Graph) -> None:
+    """In a decode step every layer of a static cache computes ``pos = arange(1) + counter; counter.add_(1)``:
+    give all layers one launch for the positions and one for the increments.
+
+    Applies to counters (0-dim inputs) that are read and written nowhere else.
+    """
+    sites = [site for node in graph.nodes if (site := _counter_site(node)) is not None]
+    if len(sites) < 2:
+        return
+    counters = [site[0] for site in sites]
+    with graph.inserting_before(sites[0][1]):
+        copies = _emit(graph, torch._foreach_add, (counters, 0))
+        for index, (_, position, _) in enumerate(sites):
+            one = _emit(graph, operator.getitem, (copies, index))
+            position.replace_all_uses_with(_emit(graph, torch.reshape, (one, (1,))))
+        graph.call_function(torch._foreach_add_, (counters, 1))
+    for _, position, increment in sites:
+        graph.erase_node(position)
+        graph.erase_node(increment)
+
+
+def _counter_site(node: Node) -> tuple[Node, Node, Node] | None:
+    """(counter, position, increment) where ``node`` is an input used as a counter of single steps."""
+    if node.op != "placeholder" or not is_tensor(node) or value(node).dim() != 0 or len(node.users) != 2:
+        return None
+    position, increment = sorted(node.users, key=lambda n: n.target == "add_")
+    if increment.target != "add_" or increment.args != (node, 1) or increment.kwargs or increment.users:
+        return None
+    if position.target is not torch.add or value(position).dtype is not value(node).dtype:
+        return None
+    steps = next((a for a in position.args if a is not node), None)
+    single = isinstance(steps, Node) and steps.target is torch.arange and steps.args == (1,)
+    return (node, position, increment) if single and position < increment else None
+
+
+def _emit(graph: Graph, target: Any, args: tuple) -> Node:
+    node = graph.call_function(target, args)
+    node.meta["example_value"] = run_fake(node)
+    return node
