@@ -15,7 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinyfuse.op import register
+from tinyfuse.kernels import _attention_decode, _triton
+from tinyfuse.op import Kernel, register
+
+DECODE_ROWS = 16
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool) -> Tensor:
@@ -28,7 +31,36 @@ def reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
+def unsupported(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool) -> str | None:
+    """Why no Triton kernel can run these arguments, or None."""
+    if _triton.missing:
+        return _triton.missing
+    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"the attention kernels take bfloat16, float16 and float32, not {q.dtype}"
+    if k.dtype != q.dtype or v.dtype != q.dtype:
+        return f"q, k and v differ in dtype: {q.dtype}, {k.dtype}, {v.dtype}"
+    if not all(isinstance(x.shape[3], int) and 16 <= x.shape[3] <= 256 for x in (q, v)):
+        return f"the attention kernels take a head_dim of 16 to 256, not {q.shape[3]} and {v.shape[3]}"
+    if not all(isinstance(x.shape[1], int) for x in (q, k)) or q.shape[1] % k.shape[1]:
+        return f"{q.shape[1]} query heads are not a multiple of {k.shape[1]} key/value heads"
+    if any(x.stride(3) != 1 for x in (q, k, v)):
+        return "the last dimension of q, k or v is not contiguous"
+    if mask is not None and is_causal:
+        return "SDPA takes a mask or is_causal, not both"
+    if mask is not None and not (mask.dtype == torch.bool or mask.dtype.is_floating_point):
+        return f"a mask is bool or floating, not {mask.dtype}"
+    return None
+
+
+def decodes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool) -> str | None:
+    """A symbolic number of query rows is left to the prefill kernel: comparing it would add a guard."""
+    if not isinstance(q.shape[2], int) or q.shape[2] > DECODE_ROWS:
+        return f"the decode kernel takes at most {DECODE_ROWS} query rows"
+    return unsupported(q, k, v, mask, scale, is_causal)
+
+
 OP = register(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool is_causal) -> Tensor",
     reference=reference,
+    kernels=[Kernel("decode", "cuda", decodes, _attention_decode.decode)],
 )

@@ -1,0 +1,269 @@
+"""Attention of a few query rows over a long cache, split along the keys (Flash-Decoding, Dao et al., 2023).
+
+Split s of S takes key blocks s, s + S, s + 2S, ... so that the written part of a static cache is spread
+over all splits whatever its length, and the grid depends on the cache alone. For a bool mask a split first
+narrows its blocks to those that hold a True, then loads only the keys and values of positions that some
+row attends: the unwritten part of a cache costs one byte per position. Scores are in units of log2 e.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tinyfuse.kernels._triton import jit, pdl, tl, triton
+
+MASK_NONE, MASK_BOOL, MASK_FLOAT = 0, 1, 2
+
+
+class Plan(NamedTuple):
+    """Rows per program (1: no tensor cores), keys per block, splits of the keys, warps, pipeline stages."""
+
+    block_r: int
+    block_n: int
+    splits: int
+    warps: int
+    stages: int
+
+
+@jit
+def to_log2(value):
+    """A float mask in units of log2 e. finfo.min stays finite, so a row full of it averages, as in SDPA."""
+    wide = value.to(tl.float32)
+    return tl.where(wide == float("-inf"), wide, tl.maximum(wide * 1.4426950408889634, -3.0e38))
+
+
+@jit
+def _live_blocks(mask, stride, Skv, split, splits, blocks, BLOCK_N: tl.constexpr, SCAN: tl.constexpr):
+    """The range of this split's blocks, counted 0 ... blocks - 1, outside which a mask row has no True."""
+    lo = blocks
+    hi = 0
+    for first in range(0, blocks, SCAN):
+        i = first + tl.arange(0, SCAN)
+        n = (split + i[:, None] * splits) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+        true = tl.load(mask + n.to(tl.int64) * stride, mask=n < Skv, other=0)
+        live = tl.max(true.to(tl.int32), 1) > 0
+        lo = tl.minimum(lo, tl.min(tl.where(live, i, blocks)))
+        hi = tl.maximum(hi, tl.max(tl.where(live, i + 1, 0)))
+    return lo, hi
+
+
+@jit
+def _block_mask(
+    mask, stride, n, Skv, row, rows_ok, KIND: tl.constexpr, BY_ROW: tl.constexpr, CAUSAL: tl.constexpr
+):  # fmt: skip
+    """(keys that some row attends [N], bias of the scores [rows or 1, N]): -inf where a key is masked.
+
+    mask: pointers [rows] if BY_ROW, else one pointer."""
+    inside = n < Skv
+    keep = inside
+    bias = tl.where(inside, 0.0, float("-inf"))[None, :]
+    if BY_ROW:
+        tile = rows_ok[:, None] & inside[None, :]
+        value = tl.load(mask[:, None] + n.to(tl.int64)[None, :] * stride, mask=tile, other=0)
+        if KIND == 1:
+            keep = tl.max(value.to(tl.int32), 0) > 0
+            bias = tl.where(value != 0, 0.0, float("-inf"))
+        else:
+            bias += to_log2(value)
+    elif KIND != 0:
+        value = tl.load(mask + n.to(tl.int64) * stride, mask=inside, other=0)
+        if KIND == 1:
+            keep = value != 0
+            bias = tl.where(keep, 0.0, float("-inf"))[None, :]
+        else:
+            bias += to_log2(value)[None, :]
+    if CAUSAL:
+        bias = tl.where(n[None, :] <= row[:, None], bias, float("-inf"))
+    return keep, bias
+
+
+@jit
+def _decode(
+    q, k, v, mask, out, partial, stats, scale, H, Sq, Skv, splits,
+    q_b, q_h, q_m, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, mask_h, mask_m, mask_n,
+    GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, SCAN: tl.constexpr, STAGES: tl.constexpr,
+    KIND: tl.constexpr, BY_ROW: tl.constexpr, CAUSAL: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    split = tl.program_id(0)
+    kv_heads = H // GROUP
+    kv_head = (tl.program_id(1) % kv_heads).to(tl.int64)
+    first_row = (tl.program_id(1) // kv_heads) * BLOCK_R
+    b = tl.program_id(2).to(tl.int64)
+    r = first_row + tl.arange(0, BLOCK_R)
+    rows_ok = r < GROUP * Sq
+    head = kv_head * GROUP + r // Sq
+    row = r % Sq
+    d = tl.arange(0, BLOCK_D)
+    e = tl.arange(0, BLOCK_DV)
+    tile = tl.arange(0, BLOCK_N)
+    q_ptr = q + b * q_b + head * q_h + row * q_m
+    query = tl.load(q_ptr[:, None] + d[None, :], mask=rows_ok[:, None] & (d < D)[None, :], other=0.0)
+    k_ptr = k + b * k_b + kv_head * k_h + tile[:, None] * k_n + d[None, :]
+    v_ptr = v + b * v_b + kv_head * v_h + tile[:, None] * v_n + e[None, :]
+
+    lo = 0
+    hi = tl.cdiv(tl.maximum(tl.cdiv(Skv, BLOCK_N) - split, 0), splits)
+    mask_ptr = mask
+    if KIND != 0:
+        mask += b * mask_b + kv_head * GROUP * mask_h
+        mask_ptr = mask
+        if BY_ROW:
+            mask_ptr = mask + (r // Sq).to(tl.int64) * mask_h + row.to(tl.int64) * mask_m
+        if KIND == 1:
+            blocks = hi
+            lo = blocks
+            hi = 0
+            last_row = first_row + 1
+            if BY_ROW:
+                last_row = tl.minimum(first_row + BLOCK_R, GROUP * Sq)
+            for i in range(first_row, last_row):
+                line = mask + (i // Sq).to(tl.int64) * mask_h + (i % Sq).to(tl.int64) * mask_m
+                begin, end = _live_blocks(line, mask_n, Skv, split, splits, blocks, BLOCK_N, SCAN)
+                lo = tl.minimum(lo, begin)
+                hi = tl.maximum(hi, end)
+
+    if BLOCK_R == 1:
+        # One running maximum and sum per key lane: no exchange between threads until the end.
+        wide = tl.sum(query.to(tl.float32), 0) * scale
+        top = tl.full([BLOCK_N], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_N], tl.float32)
+        acc = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+        for i in tl.range(lo, hi, num_stages=STAGES):
+            start = ((split + i * splits) * BLOCK_N).to(tl.int64)
+            keep, bias = _block_mask(mask_ptr, mask_n, start + tile, Skv, row, rows_ok, KIND, BY_ROW, CAUSAL)
+            key = tl.load(k_ptr + start * k_n, mask=keep[:, None] & (d < D)[None, :], other=0.0)
+            value = tl.load(v_ptr + start * v_n, mask=keep[:, None] & (e < DV)[None, :], other=0.0)
+            score = tl.sum(key.to(tl.float32) * wide[None, :], 1) + tl.sum(bias, 0)
+            higher = tl.maximum(top, score)
+            shift = tl.where(higher == float("-inf"), 0.0, higher)
+            p = tl.exp2(score - shift)
+            decay = tl.exp2(top - shift)
+            total = total * decay + p
+            acc = acc * decay[:, None] + p[:, None] * value.to(tl.float32)
+            top = higher
+        best = tl.max(top, 0)
+        weight = tl.exp2(top - tl.where(best == float("-inf"), 0.0, best))
+        total = tl.sum(total * weight, 0)[None]
+        acc = tl.sum(acc * weight[:, None], 0)[None, :]
+        top = best[None]
+    else:
+        top = tl.full([BLOCK_R], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_R], tl.float32)
+        acc = tl.zeros([BLOCK_R, BLOCK_DV], tl.float32)
+        for i in tl.range(lo, hi, num_stages=STAGES):
+            start = ((split + i * splits) * BLOCK_N).to(tl.int64)
+            keep, bias = _block_mask(mask_ptr, mask_n, start + tile, Skv, row, rows_ok, KIND, BY_ROW, CAUSAL)
+            key = tl.load(k_ptr + start * k_n, mask=keep[:, None] & (d < D)[None, :], other=0.0)
+            value = tl.load(v_ptr + start * v_n, mask=keep[:, None] & (e < DV)[None, :], other=0.0)
+            score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale + bias
+            higher = tl.maximum(top, tl.max(score, 1))
+            shift = tl.where(higher == float("-inf"), 0.0, higher)
+            p = tl.exp2(score - shift[:, None])
+            decay = tl.exp2(top - shift)
+            total = total * decay + tl.sum(p, 1)
+            acc = tl.dot(p.to(value.dtype), value, acc * decay[:, None], input_precision="ieee")
+            top = higher
+
+    out_row = (b * Sq + row) * H + head
+    if SPLIT:
+        slot = out_row * splits + split
+        tl.store(stats + slot * 2, top, mask=rows_ok)
+        tl.store(stats + slot * 2 + 1, total, mask=rows_ok)
+        if lo < hi:
+            tl.store(partial + slot[:, None] * DV + e[None, :], acc, mask=rows_ok[:, None] & (e < DV)[None, :])
+    else:
+        result = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+        tl.store(out + out_row[:, None] * DV + e[None, :], result, mask=rows_ok[:, None] & (e < DV)[None, :])
+
+
+@jit
+def _combine(
+    out, partial, stats, splits, DV: tl.constexpr, BLOCK_DV: tl.constexpr, MAX_SPLITS: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    row = tl.program_id(0).to(tl.int64)
+    s = tl.arange(0, MAX_SPLITS)
+    e = tl.arange(0, BLOCK_DV)
+    slot = row * splits + s
+    top = tl.load(stats + slot * 2, mask=s < splits, other=float("-inf"))
+    total = tl.load(stats + slot * 2 + 1, mask=s < splits, other=0.0)
+    best = tl.max(top, 0)
+    weight = tl.exp2(top - tl.where(best == float("-inf"), 0.0, best))
+    # A split without a key left its part of `partial` unwritten; its weight is 0.
+    read = (weight > 0.0)[:, None] & (e < DV)[None, :]
+    acc = tl.load(partial + slot[:, None] * DV + e[None, :], mask=read, other=0.0)
+    total = tl.sum(total * weight, 0)
+    tl.store(out + row * DV + e, tl.sum(acc * weight[:, None], 0) / tl.where(total == 0.0, 1.0, total), mask=e < DV)
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+@cache
+def plan(rows: int, programs: int, Skv: int, width: int, itemsize: int, device: torch.device) -> Plan:
+    """rows: query rows that share a kv head; programs: batch times kv heads; width: the larger padded head_dim."""
+    block_r = 1 if rows == 1 else min(64, max(16, triton.next_power_of_2(rows)))
+    # One block of keys is 8 KiB in registers or, for tensor cores, 16 KiB in shared memory.
+    block_n = max(16, min(128, (8192 if block_r == 1 else 16384) // (width * itemsize)))
+    programs *= triton.cdiv(rows, block_r)
+    per_sm = 4 if block_r == 1 else 2
+    splits = min(triton.cdiv(Skv, block_n), max(1, per_sm * _multiprocessors(device) // programs), 128)
+    return Plan(block_r, block_n, max(splits, 1), 4, 1 if block_r == 1 else 3)
+
+
+def mask_strides(mask: Tensor | None) -> tuple[int, int, int, int]:
+    """Strides of the mask broadcast to four dimensions."""
+    if mask is None:
+        return 0, 0, 0, 0
+    strides = [0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True)]
+    return tuple([0] * (4 - len(strides)) + strides)
+
+
+def mask_kind(mask: Tensor | None) -> int:
+    return MASK_NONE if mask is None else MASK_BOOL if mask.dtype == torch.bool else MASK_FLOAT
+
+
+def decode(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool, chosen: Plan | None = None
+) -> Tensor:
+    """Launch the kernels; arguments as in ``attention``, ``chosen`` overrides :func:`plan`."""
+    B, H, Sq, D = q.shape
+    kv_heads, DV = k.shape[1], v.shape[3]
+    Skv = min(k.shape[2], Sq) if is_causal else k.shape[2]
+    group = H // kv_heads
+    block_d, block_dv = triton.next_power_of_2(D), triton.next_power_of_2(DV)
+    p = chosen or plan(group * Sq, B * kv_heads, Skv, max(block_d, block_dv), q.element_size(), q.device)
+    out = torch.empty((B, Sq, H, DV), dtype=q.dtype, device=q.device)
+    rows = B * Sq * H
+    split = p.splits > 1
+    partial = torch.empty((rows * p.splits * (DV + 2)) if split else 0, dtype=torch.float32, device=q.device)
+    stats = partial[rows * p.splits * DV :]
+    strides = mask_strides(mask)
+    kind = mask_kind(mask)
+    by_row = (Sq > 1 and strides[2] != 0) or (group > 1 and strides[1] != 0)
+    scan = min(triton.next_power_of_2(max(1, triton.cdiv(triton.cdiv(Skv, p.block_n), p.splits))), 2048 // p.block_n)
+    ahead = pdl(q.device)
+    options = {"num_warps": p.warps, "launch_pdl": True} if ahead else {"num_warps": p.warps}
+    _decode[(p.splits, kv_heads * triton.cdiv(group * Sq, p.block_r), B)](
+        q, k, v, mask, out, partial, stats, scale * 1.4426950408889634, H, Sq, Skv, p.splits,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *strides,
+        group, D, DV, block_d, block_dv, p.block_r, p.block_n, scan, p.stages,
+        kind, by_row, is_causal, split, ahead, **options,
+    )  # fmt: skip
+    if split:
+        _combine[(rows,)](
+            out, partial, stats, p.splits, DV, block_dv, max(2, triton.next_power_of_2(p.splits)), ahead, **options
+        )
+    return out.transpose(1, 2)
