@@ -49,7 +49,8 @@ class Built:
                 node = self.graph.call_function(nodes.cast, (self._emit(expr.arg), dtype))
             else:
                 node = self.graph.call_function(expr.target, tuple(self._emit(a) for a in expr.args))
-            node.meta["example_value"] = run_fake(node)
+            with self.mode:
+                node.meta["example_value"] = run_fake(node)
             self.made[id(expr)] = node
         return self.made[id(expr)]
 

@@ -1,4 +1,4 @@
-"""Small rewrites that are no pattern: equal views computed once, dead ones dropped, cache counters advanced together."""
+"""Small rewrites that are no pattern: shared views, dead nodes, cache counters advanced together."""
 
 from __future__ import annotations
 
