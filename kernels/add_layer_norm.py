@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tinyfuse.kernels import layer_norm
-from tinyfuse.op import register
+from tinyfuse.kernels import _native, layer_norm
+from tinyfuse.op import Kernel, register
 
 
 def reference(
@@ -18,7 +18,21 @@ def reference(
     return total, layer_norm.reference(total, weight, bias, eps)
 
 
+# --- CPU ---
+
+
+def supports_native(x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> str | None:
+    return _native.norm_reason(x, residual, weight, bias)
+
+
+def run_native(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    return _native.norm(x, residual, weight, bias, eps, True, False, False)
+
+
 OP = register(
     "add_layer_norm(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor)",
     reference=reference,
+    kernels=[Kernel("native", "cpu", supports_native, run_native)],
 )

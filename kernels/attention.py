@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinyfuse.kernels import _attention_decode, _triton
+from tinyfuse.kernels import _attention_decode, _native, _triton
 from tinyfuse.op import Kernel, register
 
 DECODE_ROWS = 16
@@ -59,8 +59,43 @@ def decodes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, 
     return unsupported(q, k, v, mask, scale, is_causal)
 
 
+# --- CPU ---
+
+_pack_native = _native.packer("32qd")
+
+
+def supports_native(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool) -> str | None:
+    if q.shape[1] % k.shape[1]:
+        return f"{q.shape[1]} query heads are not a multiple of {k.shape[1]} key/value heads"
+    if mask is not None and (mask.dim() != 4 or mask.dtype not in (torch.bool, *_native.FLOATING)):
+        return "the CPU attention takes a bool or floating mask of rank 4"
+    return _native.rows_reason(q, k, v) or _native.reason(mask)
+
+
+def run_native(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool) -> Tensor:
+    batch, heads, queries, width = q.shape
+    _, kv_heads, length, value_width = v.shape
+    out = torch.empty((batch, queries, heads, value_width), dtype=q.dtype).transpose(1, 2)
+    masking = (0, 0, 0, 0, 0, 0)
+    if mask is not None:
+        strides = (0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True))
+        masking = (mask.data_ptr(), *strides, _native.DTYPES[mask.dtype])
+    code = _native.function("tf_attention")(
+        _pack_native(
+            *_native.view(q), *_native.view(k), *_native.view(v), *_native.view(out), *masking, batch, heads, kv_heads,
+            queries, length, width, value_width, _native.DTYPES[q.dtype], is_causal, _native.threads(), scale,
+        )
+    )  # fmt: skip
+    if code:
+        _native.fail(code)
+    return out
+
+
 OP = register(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool is_causal) -> Tensor",
     reference=reference,
-    kernels=[Kernel("decode", "cuda", decodes, _attention_decode.decode)],
+    kernels=[
+        Kernel("decode", "cuda", decodes, _attention_decode.decode),
+        Kernel("native", "cpu", supports_native, run_native),
+    ],
 )

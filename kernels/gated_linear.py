@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tinyfuse.kernels import gated_act, linear
-from tinyfuse.op import register
+from tinyfuse.kernels import _native, gated_act, linear
+from tinyfuse.op import Kernel, register
 
 
 def reference(
@@ -21,8 +21,34 @@ def reference(
     return gated_act.reference(gate, linear.reference(x, w_up, s_up, b_up, None), act)
 
 
+# --- CPU ---
+
+
+def supports_native(
+    x: Tensor, w_gate: Tensor, w_up: Tensor, s_gate: Tensor | None, s_up: Tensor | None,
+    b_gate: Tensor | None, b_up: Tensor | None, act: str,
+) -> str | None:  # fmt: skip
+    if act not in _native.ACTIVATIONS:
+        return f"the CPU kernels know {', '.join(_native.ACTIVATIONS)}, not {act}"
+    if w_gate.dtype != w_up.dtype or w_gate.shape != w_up.shape:
+        return "the CPU gated linear takes gate and up weights of one dtype and shape"
+    return _native.linear_reason(x, w_gate, s_gate, b_gate) or _native.linear_reason(x, w_up, s_up, b_up)
+
+
+def run_native(
+    x: Tensor, w_gate: Tensor, w_up: Tensor, s_gate: Tensor | None, s_up: Tensor | None,
+    b_gate: Tensor | None, b_up: Tensor | None, act: str,
+) -> Tensor:  # fmt: skip
+    x = x if x.is_contiguous() else x.contiguous()
+    y = x.new_empty((*x.shape[:-1], w_gate.shape[0]))
+    gate, up = _native.part(w_gate, s_gate, b_gate, None, y), _native.part(w_up, s_up, b_up, None, None)
+    _native.linear(x, w_gate, _native.ACTIVATIONS[act], gate, up)
+    return y
+
+
 OP = register(
     "gated_linear(Tensor x, Tensor w_gate, Tensor w_up, Tensor? s_gate, Tensor? s_up, Tensor? b_gate,"
     " Tensor? b_up, str act) -> Tensor",
     reference=reference,
+    kernels=[Kernel("native", "cpu", supports_native, run_native)],
 )

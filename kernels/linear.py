@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinyfuse.op import register
+from tinyfuse.kernels import _native
+from tinyfuse.op import Kernel, register
 
 
 def dequantize(weight: Tensor, scale: Tensor | None, dtype) -> Tensor:
@@ -27,8 +28,30 @@ def reference(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | No
     return y if residual is None else y + residual
 
 
+# --- CPU ---
+
+
+def supports_native(
+    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, residual: Tensor | None
+) -> str | None:
+    if residual is not None and (residual.dtype != x.dtype or residual.shape != (*x.shape[:-1], weight.shape[0])):
+        return "the CPU linears take a residual [..., N] in x's dtype"
+    return _native.linear_reason(x, weight, scale, bias) or _native.reason(residual)
+
+
+def run_native(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    x = x if x.is_contiguous() else x.contiguous()
+    if residual is not None and not residual.is_contiguous():
+        residual = residual.contiguous()
+    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    _native.linear(x, weight, _native.NO_ACTIVATION, _native.part(weight, scale, bias, residual, y))
+    return y
+
+
 OP = register(
-    "linear(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, Tensor? residual) -> Tensor", reference=reference
+    "linear(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, Tensor? residual) -> Tensor",
+    reference=reference,
+    kernels=[Kernel("native", "cpu", supports_native, run_native)],
 )
 
 

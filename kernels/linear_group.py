@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tinyfuse.kernels import linear
-from tinyfuse.op import register
+from tinyfuse.kernels import _native, linear
+from tinyfuse.op import Kernel, register
 
 
 def reference(
@@ -18,6 +18,33 @@ def reference(
     return [linear.reference(x, w, s, b, None) for w, s, b in zip(weights, scales, biases, strict=True)]
 
 
+# --- CPU ---
+
+
+def supports_native(
+    x: Tensor, weights: list[Tensor], scales: list[Tensor | None], biases: list[Tensor | None]
+) -> str | None:
+    if len(weights) > _native.MOST_PARTS:
+        return f"the CPU linears take at most {_native.MOST_PARTS} weights together"
+    if any(weight.dtype != weights[0].dtype for weight in weights):
+        return "the CPU linears take weights of one dtype together"
+    reasons = (_native.linear_reason(x, w, s, b) for w, s, b in zip(weights, scales, biases, strict=True))
+    return next(filter(None, reasons), None)
+
+
+def run_native(
+    x: Tensor, weights: list[Tensor], scales: list[Tensor | None], biases: list[Tensor | None]
+) -> list[Tensor]:
+    x = x if x.is_contiguous() else x.contiguous()
+    lead = x.shape[:-1]
+    outputs = [x.new_empty((*lead, weight.shape[0])) for weight in weights]
+    parts = [_native.part(w, s, b, None, y) for w, s, b, y in zip(weights, scales, biases, outputs, strict=True)]
+    _native.linear(x, weights[0], _native.NO_ACTIVATION, *parts)
+    return outputs
+
+
 OP = register(
-    "linear_group(Tensor x, Tensor[] weights, Tensor?[] scales, Tensor?[] biases) -> Tensor[]", reference=reference
+    "linear_group(Tensor x, Tensor[] weights, Tensor?[] scales, Tensor?[] biases) -> Tensor[]",
+    reference=reference,
+    kernels=[Kernel("native", "cpu", supports_native, run_native)],
 )

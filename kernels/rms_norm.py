@@ -12,7 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tinyfuse.op import register
+from tinyfuse.kernels import _native
+from tinyfuse.op import Kernel, register
 
 
 def reference(x: Tensor, weight: Tensor | None, eps: float, unit_offset: bool, cast_first: bool) -> Tensor:
@@ -27,7 +28,19 @@ def reference(x: Tensor, weight: Tensor | None, eps: float, unit_offset: bool, c
     return (gain * normed).to(x.dtype)
 
 
+# --- CPU ---
+
+
+def supports_native(x: Tensor, weight: Tensor | None, eps: float, unit_offset: bool, cast_first: bool) -> str | None:
+    return _native.norm_reason(x, None, weight, None)
+
+
+def run_native(x: Tensor, weight: Tensor | None, eps: float, unit_offset: bool, cast_first: bool) -> Tensor:
+    return _native.norm(x, None, weight, None, eps, False, unit_offset, cast_first)[1]
+
+
 OP = register(
     "rms_norm(Tensor x, Tensor? weight, float eps, bool unit_offset, bool cast_first) -> Tensor",
     reference=reference,
+    kernels=[Kernel("native", "cpu", supports_native, run_native)],
 )

@@ -14,7 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tinyfuse.op import register
+from tinyfuse.kernels import _native
+from tinyfuse.op import Kernel, register
 
 
 def rotate(x: Tensor, interleaved: bool) -> Tensor:
@@ -34,4 +35,19 @@ def reference(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return out
 
 
-OP = register("rope(Tensor x, Tensor cos, Tensor sin, bool interleaved) -> Tensor", reference=reference)
+# --- CPU ---
+
+
+def supports_native(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> str | None:
+    return _native.rotary_reason(x, cos, sin) or _native.rows_reason(x)
+
+
+def run_native(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    return _native.rope(x, None, None, cos, sin, None, None, None, interleaved)
+
+
+OP = register(
+    "rope(Tensor x, Tensor cos, Tensor sin, bool interleaved) -> Tensor",
+    reference=reference,
+    kernels=[Kernel("native", "cpu", supports_native, run_native)],
+)

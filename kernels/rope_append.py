@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tinyfuse.kernels import kv_append, rope
-from tinyfuse.op import register
+from tinyfuse.kernels import _native, kv_append, rope
+from tinyfuse.op import Kernel, register
 
 
 def reference(
@@ -20,8 +20,30 @@ def reference(
     return rope.reference(q, cos, sin, interleaved)
 
 
+# --- CPU ---
+
+
+def supports_native(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, pos: Tensor,
+    interleaved: bool,
+) -> str | None:  # fmt: skip
+    return (
+        _native.rotary_reason(q, cos, sin)
+        or _native.rows_reason(q, k, v, keys, values)
+        or kv_append.supports_native(keys, values, k, v, pos)
+    )
+
+
+def run_native(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, pos: Tensor,
+    interleaved: bool,
+) -> Tensor:  # fmt: skip
+    return _native.rope(q, k, v, cos, sin, keys, values, pos, interleaved)
+
+
 OP = register(
     "rope_append(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values,"
     " Tensor pos, bool interleaved) -> Tensor",
     reference=reference,
+    kernels=[Kernel("native", "cpu", supports_native, run_native)],
 )
