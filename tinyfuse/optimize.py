@@ -1,0 +1,75 @@
+"""``optimize`` and ``restore``: one model instance, forward and generate."""
+
+from __future__ import annotations
+
+import os
+
+from torch import nn
+
+from tinyfuse.fallback import log
+from tinyfuse.runtime.instance import ATTRIBUTE, Forward, Generate, Runtime
+
+FALLBACKS = ("warn", "error")
+
+
+def optimize(model: nn.Module, quantize: str | None = None, *, fallback: str = "warn") -> nn.Module:
+    """Make ``model`` fast, in place, and return it. Its class and all other instances stay as they are.
+
+    ``model.forward`` then runs through the tinyfuse backend: one graph for prompts of every length, one for single
+    tokens. ``model.generate``, where there is one, runs greedy decoding and sampling on static memory, on CUDA as one
+    graph per token, with the tokens that transformers would choose; what that loop does not cover (beam search, a
+    cache of your own, ...) runs as before, over the compiled forward. :func:`restore` undoes it.
+
+    ``quantize="int8"`` converts the weights first, see :func:`tinyfuse.quantize.quantize_`; it may also be passed in a
+    later call. ``fallback="error"`` raises :class:`tinyfuse.fallback.FallbackError` where ``generate`` would otherwise
+    take a slower way. With ``TINYFUSE_DISABLE=1`` in the environment nothing happens.
+
+    Raises TypeError if ``model`` is no ``nn.Module``, ValueError for an unknown ``quantize`` or ``fallback``.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"optimize: model is {_describe(model)}, pass a torch.nn.Module, "
+            "for example AutoModelForCausalLM.from_pretrained(...)"
+        )
+    if fallback not in FALLBACKS:
+        raise ValueError(f"optimize: fallback={fallback!r}, use one of {', '.join(map(repr, FALLBACKS))}")
+    if quantize is not None:
+        from tinyfuse.quantize import SCHEMES, quantize_
+
+        if quantize not in SCHEMES:
+            raise ValueError(f"optimize: quantize={quantize!r}, use None or one of {', '.join(map(repr, SCHEMES))}")
+    if os.environ.get("TINYFUSE_DISABLE") == "1":
+        log.warning("optimize: TINYFUSE_DISABLE=1 is set, the model stays as it is")
+        return model
+    if quantize is not None:
+        restore(model)  # what was compiled for the float weights
+        quantize_(model, quantize)
+    runtime = vars(model).get(ATTRIBUTE)
+    if runtime is None:
+        own = {name: vars(model)[name] for name in ("forward", "generate") if name in vars(model)}
+        runtime = Runtime(model, fallback, own)
+        setattr(model, ATTRIBUTE, runtime)
+        model.forward = Forward(runtime)
+        if callable(getattr(model, "generate", None)):
+            model.generate = Generate(runtime)
+    runtime.mode = fallback
+    return model
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Undo :func:`optimize`, in place, and return ``model``: its ``forward`` and ``generate`` are what they were.
+
+    Compiled graphs and caches are dropped and their memory is free again. Quantised weights stay quantised.
+    """
+    runtime = vars(model).get(ATTRIBUTE)
+    if runtime is not None:
+        for name in (ATTRIBUTE, "forward", "generate"):
+            vars(model).pop(name, None)
+        vars(model).update(runtime.own)
+        runtime.release()
+    return model
+
+
+def _describe(value: object) -> str:
+    text = repr(value)
+    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"

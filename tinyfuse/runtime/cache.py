@@ -1,0 +1,146 @@
+"""Static key/value caches, reused across calls of ``generate``.
+
+Every layer is full length, sliding-window layers too: their window lives in the mask, and a full-length layer keeps
+its state in tensors alone, where transformers' ``StaticSlidingWindowLayer`` counts in a Python int.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, StaticCache, StaticLayer, StaticSlidingWindowLayer
+
+STEP = 256
+KEPT = 4  # caches of different batch or length that stay allocated
+KEPT_SHARE = 1 / 8  # of the device's memory, for all but the one in use
+
+
+def cache_length(tokens: int) -> int:
+    """The smallest of 256, 512, 768, 1024, 1536, 2048, 3072, ... that holds ``tokens``."""
+    length = STEP
+    while length < tokens:
+        length += max(STEP, (1 << (length.bit_length() - 1)) // 2)
+    return length
+
+
+@dataclass
+class Slot:
+    """One static cache and the decode steps that are bound to its memory."""
+
+    cache: StaticCache
+    batch: int
+    length: int
+    steps: dict[Any, Any] = field(default_factory=dict)
+
+    def layers(self) -> list[StaticLayer]:
+        return [layer for layer in self.cache.layers if isinstance(layer, StaticLayer)]
+
+    def counters(self) -> list[Tensor]:
+        """How many tokens each layer holds, on the device."""
+        return [layer.cumulative_length for layer in self.layers()]
+
+    def nbytes(self) -> int:
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers())
+
+    def reset(self) -> None:
+        """Forget the tokens. Zeroed, because a masked value still meets its zero weight, and 0 * inf is nan."""
+        torch._foreach_zero_([tensor for layer in self.layers() for tensor in (layer.keys, layer.values)])
+        torch._foreach_zero_(self.counters())
+
+    def fill(self, cache: DynamicCache, tokens: int) -> None:
+        """Copy the first ``tokens`` positions into the empty ``cache``, as if the model had written to it."""
+        for index, layer in enumerate(self.cache.layers):
+            if isinstance(layer, StaticLayer):
+                cache.update(layer.keys[:, :, :tokens].clone(), layer.values[:, :, :tokens].clone(), index)
+
+
+def unsupported_cache(model: torch.nn.Module, prepared: Any) -> str | None:
+    """Why the cache that ``generate`` prepared cannot be replaced by a static key/value cache; None if it can."""
+    if type(prepared) is not DynamicCache:
+        return f"the cache is a {type(prepared).__name__}, not a plain key/value cache"
+    if prepared.offloading:
+        return "the cache is offloaded"
+    for layer in _static_cache(model, 1, plain=False).layers:
+        if type(layer) not in (StaticLayer, StaticSlidingWindowLayer) and type(layer).__name__ != "DummyLayer":
+            return f"the cache has a layer of type {type(layer).__name__}, not a plain key/value layer"
+    return None
+
+
+def _static_cache(model: torch.nn.Module, length: int, plain: bool = True) -> StaticCache:
+    cache = StaticCache(model.config, max_cache_len=length)
+    if plain:
+        cache.layers = [
+            StaticLayer(length) if isinstance(layer, StaticLayer) else layer for layer in cache.layers
+        ]
+    return cache
+
+
+class CachePool:
+    """The slots of one model, least recently used first."""
+
+    def __init__(self, model: torch.nn.Module, forward: Callable[..., Any]) -> None:
+        self.model, self.forward = model, forward
+        self.slots: OrderedDict[tuple[int, int], Slot] = OrderedDict()
+        self.model_state: tuple[torch.device, torch.dtype] | None = None
+        self.shapes: list[tuple[Tensor, Tensor] | None] = []
+
+    def acquire(self, batch: int, tokens: int) -> Slot:
+        """An empty slot for ``batch`` sequences of up to ``tokens`` tokens; up to twice as long if one is at hand."""
+        state = (self.model.device, self.model.dtype)
+        if state != self.model_state:
+            self.clear()
+            self.shapes, self.model_state = _probe(self.model, self.forward), state
+        length = cache_length(tokens)
+        fitting = [key for key in self.slots if key[0] == batch and length <= key[1] <= 2 * length]
+        key = min(fitting, default=(batch, length))
+        if key not in self.slots:
+            slot = Slot(_static_cache(self.model, length), batch, length)
+            self._evict()
+            self._allocate(slot)
+            self.slots[key] = slot
+        self.slots.move_to_end(key)
+        return self.slots[key]
+
+    def clear(self) -> None:
+        self.slots.clear()
+
+    def _allocate(self, slot: Slot) -> None:
+        with torch.inference_mode(False):
+            for layer, shapes in zip(slot.cache.layers, self.shapes, strict=True):
+                if shapes is None:
+                    continue
+                keys, values = (like.new_zeros(slot.batch, like.shape[1], 0, like.shape[3]) for like in shapes)
+                layer.lazy_initialization(keys, values)
+                for tensor in (layer.keys, layer.values):
+                    torch._dynamo.maybe_mark_dynamic(tensor, 2)
+
+    def _evict(self) -> None:
+        layers = [shapes for shapes in self.shapes if shapes is not None]
+        device = layers[0][0].device if layers else torch.device("cpu")
+        share = 1 << 30
+        if device.type == "cuda":
+            share = int(torch.cuda.get_device_properties(device).total_memory * KEPT_SHARE)
+        while self.slots and (
+            len(self.slots) >= KEPT or sum(slot.nbytes() for slot in self.slots.values()) > share
+        ):
+            self.slots.popitem(last=False)
+
+
+def _probe(model: torch.nn.Module, forward: Callable[..., Any]) -> list[tuple[Tensor, Tensor] | None]:
+    """Per layer an empty tensor with the heads, head size, dtype and device of its keys, and one of its values.
+
+    They come from the stock forward of one token, since configurations name them in too many ways.
+    """
+    cache = _static_cache(model, 1)
+    ids = torch.zeros((1, 1), dtype=torch.long, device=model.device)
+    with torch.inference_mode(False), torch.no_grad():
+        forward(input_ids=ids, past_key_values=cache, use_cache=True)
+    return [
+        (layer.keys[:, :, :0], layer.values[:, :, :0]) if isinstance(layer, StaticLayer) else None
+        for layer in cache.layers
+    ]

@@ -1,0 +1,118 @@
+"""The compiled forward of one model instance: one graph for prompts of any length, one for single tokens."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BACKEND = "eager"
+# The dimension that grows with the prompt, by the names transformers uses; the last one where the rank varies.
+SEQUENCE_INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
+
+_serial = itertools.count()
+_watch = threading.local()
+
+
+@dataclass
+class GraphCall:
+    """One call of a compiled graph: ``run(*args)`` repeats it on the same tensors, with no guard checked."""
+
+    run: Callable[..., Sequence[Any]]
+    args: tuple[Any, ...]
+    outputs: Sequence[Any] | None = None
+
+
+class _Intercepted(BaseException):  # not an Exception: nothing on the way up may swallow it
+    def __init__(self, call: GraphCall):
+        super().__init__()
+        self.call = call
+
+
+@contextmanager
+def record_graphs() -> Iterator[list[GraphCall]]:
+    """Collects the graph calls that this thread makes inside the block."""
+    _watch.calls = calls = []
+    try:
+        yield calls
+    finally:
+        _watch.calls = None
+
+
+def intercept(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> GraphCall | None:
+    """Check Dynamo's guards for a call of ``forward`` and return the graph call it leads to, without running it.
+
+    None if no graph was reached; then ``forward`` has run.
+    """
+    _watch.intercept = True
+    try:
+        forward(*args, **kwargs)
+    except _Intercepted as reached:
+        return reached.call
+    finally:
+        _watch.intercept = False
+    return None
+
+
+def _backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    compiled = torch._dynamo.lookup_backend(BACKEND)(gm, example_inputs)
+
+    def run(*args: Any) -> Any:
+        if getattr(_watch, "intercept", False):
+            raise _Intercepted(GraphCall(compiled, args))
+        outputs = compiled(*args)
+        if (calls := getattr(_watch, "calls", None)) is not None:
+            calls.append(GraphCall(compiled, args, outputs))
+        return outputs
+
+    return run
+
+
+def _compile(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """``torch.compile(forward)`` with graphs, a recompile limit and a shape history of its own.
+
+    Dynamo keeps all three per code object, and every transformers model enters through the same few decorators.
+    """
+
+    def entry(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    entry.__code__ = entry.__code__.replace(co_name=f"forward_{next(_serial)}")
+    return torch.compile(entry, backend=_backend)
+
+
+class CompiledForward:
+    """Calls ``forward`` through the backend. Prompts share a graph whatever their length; so do single tokens."""
+
+    def __init__(self, forward: Callable[..., Any]):
+        parameters = inspect.signature(forward).parameters
+        self.names = tuple(parameters)
+        self.prompt = _compile(forward)
+        self.token = _compile(forward)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        single = True
+        for name, value in itertools.chain(zip(self.names, args, strict=False), kwargs.items()):
+            if name in SEQUENCE_INPUTS:
+                for tensor in value.values() if isinstance(value, dict) else (value,):
+                    if isinstance(tensor, Tensor):
+                        single &= _mark(name, tensor)
+        return (self.token if single else self.prompt)(*args, **kwargs)
+
+
+def _mark(name: str, tensor: Tensor) -> bool:
+    """Mark the sequence dimensions as dynamic; whether the tensor is that of a single token."""
+    if name == "attention_mask":
+        dims = (1,) if tensor.ndim == 2 else (tensor.ndim - 2, tensor.ndim - 1)
+    else:
+        dims = (1,) if name in ("input_ids", "inputs_embeds") else (tensor.ndim - 1,)
+    dims = [dim for dim in dims if 0 <= dim < tensor.ndim and tensor.shape[dim] > 1]
+    torch._dynamo.maybe_mark_dynamic(tensor, dims)
+    return name not in ("input_ids", "inputs_embeds") or not dims

@@ -1,0 +1,449 @@
+"""The decode loop: transformers' ``_sample`` on static memory, with one graph per token and no wait per token.
+
+Covers greedy decoding and sampling of one sequence per prompt. Same semantics as ``GenerationMixin._sample``:
+processors and criteria are called as given, finished rows are padded, and the random numbers are drawn by the same
+calls in the same order.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers.cache_utils import DynamicCache
+from transformers.generation.configuration_utils import GenerationConfig, GenerationMode
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerationMixin
+
+from tinyfuse.runtime.cache import Slot, unsupported_cache
+from tinyfuse.runtime.step import Greedy, Inputs, NotAdvanceable, Step, block_rows, kind
+
+LAG = 2  # tokens that the device may be ahead of the host's check for the end
+
+
+def generate(runtime, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``model.generate(*args, **kwargs)``, through the loop if it covers the call, else the stock way.
+
+    Raises ValueError for a prompt without sequences or without tokens.
+    """
+    model, stock = runtime.model, runtime.stock("generate")
+    if model_reason_ := model_reason(model):
+        runtime.fall_back(model_reason_)
+        return stock(*args, **kwargs)
+    call = inspect.signature(stock).bind(*args, **kwargs).arguments
+    call |= call.pop("kwargs", {})
+    _check_prompt(call)
+    if reason := call_reason(model, call):
+        runtime.fall_back(reason, asked=True)
+        if call.get("cache_implementation") is not None and call.get("compile_config") is None:
+            call["disable_compile"] = True  # transformers would compile the compiled forward once more
+        return stock(**call)
+    streamer = call.get("streamer")
+
+    def loop(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
+        return generate_tokens(
+            runtime, input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs
+        )
+
+    with runtime.lock:
+        if runtime.depth:
+            runtime.fall_back("generate was called inside of generate", asked=True)
+            return stock(**call)
+        runtime.depth += 1
+        try:
+            return stock(**call, custom_generate=loop)
+        finally:
+            runtime.depth -= 1
+
+
+def _check_prompt(call: dict[str, Any]) -> None:
+    for name in ("inputs", "input_ids", "inputs_embeds"):
+        prompt = call.get(name)
+        if isinstance(prompt, Tensor) and prompt.numel() == 0 and call.get("inputs_embeds") in (None, prompt):
+            raise ValueError(f"generate: {name} has shape {list(prompt.shape)}, pass at least one sequence of one token")
+
+
+def model_reason(model: torch.nn.Module) -> str | None:
+    """Why the loop does not cover a model; None if it does."""
+    cls = type(model)
+    if not isinstance(model, GenerationMixin):
+        return f"{cls.__name__} is not a transformers GenerationMixin"
+    for name in ("generate", "_sample", "_prefill"):
+        if getattr(cls, name) is not getattr(GenerationMixin, name):
+            return f"{cls.__name__} has its own {name}"
+    if model.config.is_encoder_decoder:
+        return "the model is an encoder-decoder"
+    if model.training:
+        return "the model is in training mode; call model.eval()"
+    attention = model.config.get_text_config(decoder=True)._attn_implementation
+    if attention not in ("sdpa", "eager"):
+        return f"attention implementation {attention!r}; use 'sdpa' or 'eager'"
+    if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+        return "the model is spread over several devices"
+    return None
+
+
+def call_reason(model: torch.nn.Module, call: dict[str, Any]) -> str | None:
+    """Why the loop does not cover a call of ``generate`` with the arguments ``call``; None if it does."""
+    for name in ("past_key_values", "cache_params", "custom_generate", "assistant_model", "negative_prompt_ids"):
+        if call.get(name) is not None:
+            return f"generate was called with {name}"
+    if call.get("synced_gpus"):
+        return "generate was called with synced_gpus"
+    config, _ = model._prepare_generation_config(
+        call.get("generation_config"), **{k: v for k, v in call.items() if k not in GENERATE_ARGUMENTS}
+    )
+    if config.get_generation_mode() not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        return f"generation mode {config.get_generation_mode().value}"
+    for name in ("cache_implementation", "compile_config", "stop_strings"):
+        if getattr(config, name) is not None:
+            return f"{name} is set"
+    for name in ("output_attentions", "output_hidden_states", "is_assistant"):
+        if getattr(config, name):
+            return f"{name} is set"
+    if config.use_cache is False:
+        return "use_cache is False"
+    return None
+
+
+GENERATE_ARGUMENTS = (
+    "inputs generation_config logits_processor stopping_criteria prefix_allowed_tokens_fn synced_gpus assistant_model "
+    "streamer negative_prompt_ids negative_prompt_attention_mask custom_generate tokenizer assistant_tokenizer "
+    "trust_remote_code use_model_defaults"
+).split()
+
+
+class Decoder:
+    """Feeds one token after the other to the model, for one call of ``generate``.
+
+    ``ids(n)`` gives the prompt and the first n generated tokens. The buffers of a step are checked against
+    transformers' own inputs at the second token, once per kind of call; where they differ, and where no buffers can
+    follow, transformers prepares every token.
+    """
+
+    def __init__(self, runtime, slot: Slot, outputs: Any, kwargs: dict[str, Any], ids: Callable[[int], Tensor]):
+        self.runtime, self.model, self.slot, self.ids = runtime, runtime.model, slot, ids
+        self.outputs, self.kwargs = outputs, kwargs
+        self.fed, self.kwargs_at, self.loaded_at = 0, 1, 1
+        self.step: Step | None = None
+        self.kind: Any = None
+
+    @property
+    def verified(self) -> bool:
+        return self.step is not None and self.kind in self.runtime.verified
+
+    def arrive(self, token: Tensor | None = None) -> None:
+        """Make everything ready to feed the next token, which ``ids`` knows; ``token`` [batch] unless the step has it."""
+        self.fed += 1
+        if self.step is not None and token is not None:
+            self.step.inputs.token.copy_(token[:, None])
+        if self.fed == 1:
+            self._begin()
+        elif self.step is not None and self.fed == 2 and not self.verified:
+            self._verify()
+        elif self.step is not None and self.fed - self.loaded_at == self.step.inputs.rows:
+            self.step.inputs.load(*self._inputs())
+            self.loaded_at = self.fed
+
+    def logits(self) -> Tensor:
+        """Feed the token arrived at; the logits of the next one [batch, vocabulary], valid until the next call."""
+        if self.step is None:
+            return self.model(**self._prepare(), return_dict=True).logits[:, -1]
+        run = self.step.runner() if self.verified else self.step.logits
+        run()
+        return self.step.last
+
+    def greedy(self, token: Tensor, eos: Tensor, pad: Tensor | None, unfinished: Tensor) -> Greedy:
+        """Hand over to the device: from ``token`` on, ``step.runner(greedy)`` picks and feeds."""
+        tail = self.step.greedy.get(len(eos))
+        if tail is None:
+            tail = self.step.greedy[len(eos)] = Greedy(self.step.inputs.token, self.slot.length, len(eos))
+        tail.begin(token, eos, pad, unfinished)
+        return tail
+
+    def _begin(self) -> None:
+        if reason := self.runtime.hooked():
+            self.runtime.fall_back(reason)
+            return
+        first, block = self._inputs()
+        self.kind = kind(first)
+        if self.kind in self.runtime.unfollowed:
+            return
+        step = self.slot.steps.get(self.kind)
+        if step is not None:
+            step.inputs.load(first, block)
+            if step.refresh():
+                self.step = step
+                return
+        try:
+            inputs = Inputs(first, block)
+        except NotAdvanceable as reason:
+            self._unfollowed(str(reason))
+            return
+        step = Step(self.model, self.runtime.compiled.token, self.slot, inputs)
+        if step.unbound:
+            self.runtime.fall_back(f"no step is captured, each runs the compiled forward: {step.unbound}")
+        self.step = self.slot.steps[self.kind] = step
+
+    def _verify(self) -> None:
+        if reason := self.step.inputs.differs(self._prepare()):
+            self.step = None
+            self._unfollowed(reason)
+        else:
+            self.runtime.verified.add(self.kind)
+
+    def _unfollowed(self, reason: str) -> None:
+        self.runtime.unfollowed.add(self.kind)
+        self.runtime.fall_back(f"transformers prepares every token: {reason}")
+
+    def _inputs(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        return self._prepare(), self._prepare(block_rows(self.slot))
+
+    def _prepare(self, more: int = 0) -> dict[str, Any]:
+        """transformers' inputs for the token that is fed next, and for ``more`` tokens (any) after it."""
+        self.kwargs = self._follow(self.kwargs, self.fed - self.kwargs_at)
+        self.kwargs_at = self.fed
+        ids = self.ids(self.fed)
+        if more:
+            ids = torch.cat([ids, ids.new_zeros(len(ids), more)], dim=1)
+        kwargs = self._follow(self.kwargs, more)
+        return self.model.prepare_inputs_for_generation(ids, next_sequence_length=1 + more, **kwargs)
+
+    def _follow(self, kwargs: dict[str, Any], tokens: int) -> dict[str, Any]:
+        """The model's keyword arguments ``tokens`` tokens later."""
+        kwargs, update = dict(kwargs), self.model._update_model_kwargs_for_generation
+        if tokens == 0:
+            return kwargs
+        if type(self.model)._update_model_kwargs_for_generation is GenerationMixin._update_model_kwargs_for_generation:
+            return update(self.outputs, kwargs, num_new_tokens=tokens)
+        for _ in range(tokens):
+            kwargs = update(self.outputs, kwargs)
+        return kwargs
+
+
+class Check:
+    """Brings the chosen tokens to the host for the streamer and the end, ``lag`` tokens late so that nothing waits.
+
+    ``kept`` is the number of tokens up to the one that finished the last row; None while some row goes on.
+    """
+
+    def __init__(self, batch: int, eos: list[int], streamer: Any, lag: int):
+        self.eos, self.streamer, self.lag = frozenset(eos), streamer, lag
+        self.running = set(range(batch))
+        self.pending: deque[tuple[Tensor, Any]] = deque()
+        self.seen, self.kept = 0, None
+
+    def push(self, token: Tensor) -> bool:
+        """Note the next token [batch]; whether every row is known to have ended."""
+        if not self.eos and self.streamer is None:
+            return False
+        if self.lag:
+            host = torch.empty(token.shape, dtype=token.dtype, pin_memory=True)
+            host.copy_(token, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+            self.pending.append((host, arrived))
+        else:
+            self._look(token.to("cpu", copy=True))
+        return self.drain(self.lag)
+
+    def drain(self, left: int = 0) -> bool:
+        """Look at all but the last ``left`` tokens."""
+        while len(self.pending) > left and self.kept is None:
+            host, arrived = self.pending.popleft()
+            arrived.synchronize()
+            self._look(host)
+        return self.kept is not None
+
+    def _look(self, token: Tensor) -> None:
+        self.seen += 1
+        if self.streamer is not None:
+            self.streamer.put(token)
+        if self.eos:
+            values = token.tolist()
+            self.running = {row for row in self.running if values[row] not in self.eos}
+            if not self.running:
+                self.kept = self.seen
+
+
+def generate_tokens(
+    runtime,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    streamer: Any,
+    kwargs: dict[str, Any],
+) -> Tensor | GenerateDecoderOnlyOutput:
+    """What ``_sample`` does with these arguments, which ``generate`` has prepared; ``kwargs`` go to the model."""
+    model = runtime.model
+    limits = [c.max_length for c in stopping_criteria if isinstance(c, MaxLengthCriteria)]
+    reason = unsupported_cache(model, kwargs.get("past_key_values"))
+    if reason is None and not limits:
+        reason = "no maximum length is set"
+    if reason is None and input_ids.device != model.device:
+        reason = f"the prompt is on {input_ids.device}, the model on {model.device}"
+    if reason is not None:
+        runtime.fall_back(reason)
+        generation_config.disable_compile = True
+        return model._sample(
+            input_ids, logits_processor, stopping_criteria, generation_config, streamer=streamer, **kwargs
+        )
+    embeds = kwargs.get("inputs_embeds")
+    prompt = (input_ids if embeds is None else embeds).shape[1]
+    limit = min(limits) - input_ids.shape[1]
+    # Buffers outlive the call: under the caller's inference mode they could not be written to outside of it.
+    with torch.inference_mode(False), torch.no_grad():
+        slot = runtime.pool.acquire(len(input_ids), prompt + limit)
+        loop = Loop(runtime, slot, input_ids, logits_processor, stopping_criteria, generation_config, streamer, limit)
+        with runtime.in_order(input_ids.device):
+            try:
+                return loop.run(kwargs, prompt)
+            finally:
+                slot.reset()
+
+
+def _prefill(model: torch.nn.Module, input_ids: Tensor, config: GenerationConfig, kwargs: dict[str, Any]) -> Any:
+    if config.prefill_chunk_size is not None:
+        config.disable_compile = True  # it is compiled already
+        return model._prefill(input_ids, config, kwargs)
+    inputs = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **kwargs)
+    return model(**inputs, return_dict=True)
+
+
+class Loop:
+    """One call of ``generate``: chooses tokens until the criteria say so."""
+
+    def __init__(
+        self,
+        runtime,
+        slot: Slot,
+        input_ids: Tensor,
+        processors: LogitsProcessorList,
+        criteria: StoppingCriteriaList,
+        config: GenerationConfig,
+        streamer: Any,
+        limit: int,
+    ):
+        self.runtime, self.slot, self.input_ids, self.limit = runtime, slot, input_ids, limit
+        self.processors, self.criteria, self.config, self.streamer = processors, criteria, config, streamer
+        self.sampled, self.recorded = config.do_sample, config.return_dict_in_generate
+        # Criteria other than a length and ids may look at anything, so they are called at every token.
+        self.plain = all(type(c) in (MaxLengthCriteria, EosTokenCriteria) for c in criteria)
+        self.pads = any(hasattr(c, "eos_token_id") for c in criteria)
+        eos = [c.eos_token_id.to(input_ids.device) for c in criteria if type(c) is EosTokenCriteria]
+        self.eos = torch.cat(eos).unique() if eos else input_ids.new_zeros(0)
+        self.pad = config._pad_token_tensor.to(input_ids.device) if self.pads else None
+        self.unfinished = torch.ones(len(input_ids), dtype=torch.long, device=input_ids.device)
+        self.check = Check(len(input_ids), self.eos.tolist() if self.plain else [], streamer, self._lag())
+        self.tokens: list[Tensor] = []
+        self.scores: list[Tensor] = []
+        self.logits: list[Tensor] = []
+        self.offsets: list[int] = []
+        self.tail: Greedy | None = None
+        self.picked = 0  # tokens chosen on the device
+
+    def _lag(self) -> int:
+        """No token may be chosen after the end that anyone could notice: not even by a user's processor."""
+        ours = all(type(p).__module__.startswith("transformers.") for p in self.processors)
+        return LAG if self.input_ids.device.type == "cuda" and self.plain and ours else 0
+
+    def ids(self, count: int) -> Tensor:
+        """The prompt and the first ``count`` tokens."""
+        parts = [self.input_ids, *(token[:, None] for token in self.tokens[:count])]
+        if self.tail is not None:
+            parts.append(self.tail.tokens[:, 1 : 1 + count - len(self.tokens)])
+        return torch.cat(parts, dim=1)
+
+    def run(self, kwargs: dict[str, Any], prompt: int) -> Tensor | GenerateDecoderOnlyOutput:
+        """``kwargs`` of the model for a prompt of that many positions."""
+        model, prepared = self.runtime.model, kwargs["past_key_values"]
+        kwargs["past_key_values"] = self.slot.cache
+        outputs = _prefill(model, self.input_ids, self.config, kwargs)
+        logits = outputs.logits[:, -1]
+        outputs = type(outputs)(**{name: value for name, value in outputs.items() if name != "logits"})
+        kwargs = model._update_model_kwargs_for_generation(outputs, kwargs)
+        decoder = Decoder(self.runtime, self.slot, outputs, kwargs, self.ids)
+        with model._optimize_model_for_decode():
+            while not self._choose(logits):
+                decoder.arrive(self.tokens[-1])
+                if self._on_device() and decoder.verified:
+                    self._rest(decoder)
+                    break
+                logits = decoder.logits()
+        return self._finish(prepared, prompt)
+
+    def _choose(self, logits: Tensor) -> bool:
+        """Append the next token, from ``logits`` [batch, vocabulary]; whether it was the last."""
+        ids = self.ids(len(self.tokens)) if self.processors or not self.plain else None
+        logits = logits.to(copy=True, dtype=torch.float32)
+        scores = self.processors(ids, logits)
+        if self.recorded and self.config.output_scores:
+            self.scores.append(scores)
+        if self.recorded and self.config.output_logits:
+            self.logits.append(logits)
+        if self.sampled:
+            token = torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1)
+            if self.check.lag:
+                self.offsets.append(_generator(token).get_offset())
+        else:
+            token = scores.argmax(-1)
+        if self.pads:
+            token = token * self.unfinished + self.pad * (1 - self.unfinished)
+        self.tokens.append(token)
+        if not self.plain:
+            return self._stopped(torch.cat([ids, token[:, None]], dim=1))
+        if self.pads:
+            self.unfinished = self.unfinished * (token[:, None] != self.eos).all(-1)
+        return self.check.push(token) or len(self.tokens) == self.limit
+
+    def _stopped(self, ids: Tensor) -> bool:
+        scores = tuple(self.scores) if self.recorded and self.config.output_scores else None
+        self.unfinished = self.unfinished & ~self.criteria(ids, scores)
+        self.check.push(self.tokens[-1])
+        return bool(self.unfinished.max() == 0)
+
+    def _on_device(self) -> bool:
+        """Whether the choice of the next token needs nothing from the host."""
+        records = self.recorded and (self.config.output_scores or self.config.output_logits)
+        return self.plain and not (self.processors or self.sampled or records)
+
+    def _rest(self, decoder: Decoder) -> None:
+        """All tokens after the first, chosen on the device."""
+        self.tail = decoder.greedy(self.tokens[-1], self.eos, self.pad, self.unfinished)
+        run, token = decoder.step.runner(self.tail), decoder.step.inputs.token[:, 0]
+        for index in range(self.limit - len(self.tokens)):
+            if index:
+                decoder.arrive()
+            run()
+            self.picked += 1
+            if self.check.push(token):
+                break
+
+    def _finish(self, prepared: DynamicCache, prompt: int) -> Tensor | GenerateDecoderOnlyOutput:
+        self.check.drain()
+        made = len(self.tokens) + self.picked
+        count = made if self.check.kept is None else self.check.kept
+        if count < len(self.offsets):  # as if the tokens after the end had never been drawn
+            _generator(self.input_ids).set_offset(self.offsets[count - 1])
+        if self.streamer is not None:
+            self.streamer.end()
+        sequences = self.ids(count)
+        if not self.recorded:
+            return sequences
+        self.slot.fill(prepared, prompt + count - 1)
+        return GenerateDecoderOnlyOutput(
+            sequences=sequences,
+            scores=tuple(self.scores[:count]) if self.config.output_scores else None,
+            logits=tuple(self.logits[:count]) if self.config.output_logits else None,
+            past_key_values=prepared,
+        )
+
+
+def _generator(tensor: Tensor) -> torch.Generator:
+    return torch.cuda.default_generators[tensor.device.index]

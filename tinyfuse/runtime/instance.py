@@ -1,0 +1,118 @@
+"""What :func:`tinyfuse.optimize` attaches to a model instance."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from tinyfuse import fallback
+from tinyfuse.runtime.forward import CompiledForward
+
+ATTRIBUTE = "_tinyfuse"
+
+
+class Runtime:
+    """The compiled forward, the caches and the decode steps of ``model``; everything is made at first use.
+
+    A deep copy and a pickle hold the model alone, so the copy compiles for itself. ``fallbacks`` lists, once each, the
+    reasons why calls were not accelerated in full. ``own`` are the attributes that the instance had before.
+    """
+
+    def __init__(self, model: nn.Module, mode: str = "warn", own: dict[str, Any] | None = None):
+        self.model, self.mode, self.own = model, mode, own or {}
+        self.fallbacks: list[str] = []
+        self.verified: set[Any] = set()
+        self.unfollowed: set[Any] = set()
+        self.lock = threading.RLock()
+        self.depth = 0
+
+    def __reduce__(self):
+        return Runtime, (self.model, self.mode, self.own)
+
+    def stock(self, name: str) -> Callable[..., Any]:
+        """The method ``name`` as it is without tinyfuse."""
+        return self.own[name] if name in self.own else getattr(type(self.model), name).__get__(self.model)
+
+    @cached_property
+    def compiled(self) -> CompiledForward:
+        return CompiledForward(self.stock("forward"))
+
+    @cached_property
+    def pool(self):
+        from tinyfuse.runtime.cache import CachePool
+
+        return CachePool(self.model, self.stock("forward"))
+
+    def release(self) -> None:
+        """Drop graphs and caches; the next use makes them anew."""
+        for name in ("compiled", "pool", "last"):
+            self.__dict__.pop(name, None)
+
+    def fall_back(self, reason: str, asked: bool = False) -> None:
+        """Note why a call takes the slower way. ``asked``: the caller chose it, so there is nothing to warn about."""
+        if reason not in self.fallbacks:
+            self.fallbacks.append(reason)
+        if self.mode == "error":
+            raise fallback.FallbackError(f"generate: {reason}")
+        (fallback.note if asked else fallback.record)("generate", reason)
+
+    def hooked(self) -> str | None:
+        """A replayed step does not pass through ``model.__call__``."""
+        model, every = self.model, nn.modules.module
+        hooks = (model._forward_hooks, model._forward_pre_hooks, every._global_forward_hooks)
+        if any(hooks) or every._global_forward_pre_hooks:
+            return "the model has forward hooks, so every token goes through model.__call__"
+        return None
+
+    @contextmanager
+    def in_order(self, device: torch.device) -> Iterator[None]:
+        """Kernels of the block start after those of the last such block, whatever stream either is on."""
+        if device.type != "cuda":
+            yield
+            return
+        stream = torch.cuda.current_stream(device)
+        if (last := self.__dict__.get("last")) is not None:
+            stream.wait_event(last)
+        try:
+            yield
+        finally:
+            self.last = stream.record_event()
+
+
+class Forward:
+    """``model.forward`` of an optimised model."""
+
+    def __init__(self, runtime: Runtime):
+        self.runtime = runtime
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.runtime.stock("forward"))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self.runtime.stock("forward")(*args, **kwargs)
+        return self.runtime.compiled(*args, **kwargs)
+
+
+class Generate:
+    """``model.generate`` of an optimised model."""
+
+    def __init__(self, runtime: Runtime):
+        self.runtime = runtime
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.runtime.stock("generate"))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        from tinyfuse.runtime import generate
+
+        return generate.generate(self.runtime, args, kwargs)

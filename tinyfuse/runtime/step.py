@@ -1,0 +1,258 @@
+"""One decode step on fixed memory: every input is a buffer that the step itself moves on to the next token.
+
+What the model needs per token comes from transformers' own ``prepare_inputs_for_generation``, asked once for a block
+of ``ROWS`` future tokens instead of once per token: row i of its masks and positions is what token i would have got.
+A counter on the device selects the row. So a step reads and writes the same addresses every time: on CUDA it is one
+graph to replay, elsewhere one call of the compiled graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tinyfuse.runtime.cache import Slot
+from tinyfuse.runtime.forward import GraphCall, intercept, record_graphs
+
+ROWS = 128
+TABLE_BYTES = 1 << 25  # a block has fewer rows if its masks would take more
+WARM_UPS = 3
+
+
+class NotAdvanceable(Exception):
+    """The step's inputs change in a way that buffers cannot follow; the message says how."""
+
+
+def block_rows(slot: Slot) -> int:
+    """Rows of a block of masks, [batch, 1, rows, length] of up to 4 bytes each. Never 1, never ``slot.length``."""
+    return max(8, min(ROWS, TABLE_BYTES // (4 * slot.batch * slot.length)))
+
+
+def tensors(inputs: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors among a forward's keyword arguments, those in dictionaries (masks per layer type) too."""
+    for name, value in inputs.items():
+        if isinstance(value, Tensor):
+            yield name, value
+        elif isinstance(value, dict):
+            yield from ((f"{name}.{key}", item) for key, item in value.items() if isinstance(item, Tensor))
+
+
+def constants(inputs: dict[str, Any]) -> dict[str, Any]:
+    """What is no tensor, to be compared from one token to the next."""
+    return {
+        name: {key: None if isinstance(item, Tensor) else item for key, item in value.items()}
+        if isinstance(value, dict)
+        else value
+        for name, value in inputs.items()
+        if not isinstance(value, Tensor)
+    }
+
+
+class Inputs:
+    """The buffers of one kind of call: ``arguments`` are a forward's keyword arguments on fixed memory.
+
+    ``first``: transformers' inputs for the next token; ``block``: the same for ``rows + 1`` tokens at once.
+    """
+
+    def __init__(self, first: dict[str, Any], block: dict[str, Any]):
+        self.row_dims: dict[str, int] = {}
+        self.tables: dict[str, Tensor] = {}
+        self.buffers: dict[str, Tensor] = {}
+        rows = dict(tensors(block))
+        for name, value in tensors(first):
+            dim = self._row_dim(name, value, rows.get(name))
+            self.buffers[name] = value.clone(memory_format=torch.contiguous_format)
+            if dim is not None:
+                self.row_dims[name] = dim
+                self.tables[name] = rows[name].clone(memory_format=torch.contiguous_format)
+        self.rows = block["input_ids"].shape[1] - 1
+        self.token = self.buffers["input_ids"]
+        self.row = torch.zeros(1, dtype=torch.long, device=self.token.device)
+        self.arguments = {
+            name: {key: self.buffers.get(f"{name}.{key}", item) for key, item in value.items()}
+            if isinstance(value, dict)
+            else self.buffers.get(name, value)
+            for name, value in first.items()
+        }
+
+    @staticmethod
+    def _row_dim(name: str, first: Tensor, block: Tensor | None) -> int | None:
+        """The dimension along which ``block`` holds what successive tokens get; None if it is the same for all."""
+        if block is None or block.dim() != first.dim():
+            raise NotAdvanceable(f"the model's input {name} changes its kind between tokens")
+        grown = [dim for dim, (a, b) in enumerate(zip(first.shape, block.shape, strict=True)) if a != b]
+        if name == "input_ids" or not grown:
+            return None
+        if len(grown) > 1 or first.shape[grown[0]] != 1:
+            raise NotAdvanceable(f"the model's input {name} changes its shape from token to token")
+        return grown[0]
+
+    def load(self, first: dict[str, Any], block: dict[str, Any]) -> None:
+        """Start over at another token: the same kind of call, new contents."""
+        for name, value in tensors(first):
+            self.buffers[name].copy_(value)
+        for name, value in tensors(block):
+            if name in self.tables:
+                self.tables[name].copy_(value)
+        self.row.zero_()
+
+    def advance(self) -> None:
+        """Move every buffer but the token to the next row. At most ``rows`` times after ``load``."""
+        self.row.add_(1)
+        for name, dim in self.row_dims.items():
+            torch.index_select(self.tables[name], dim, self.row, out=self.buffers[name])
+
+    def differs(self, expected: dict[str, Any]) -> str | None:
+        """How the buffers differ from transformers' inputs for the token they stand at."""
+        wanted = dict(tensors(expected))
+        if constants(expected) != constants(self.arguments) or wanted.keys() != self.buffers.keys():
+            return "the model takes other arguments for the second token than for the first"
+        for name, value in wanted.items():
+            if value.shape != self.buffers[name].shape or not torch.equal(value, self.buffers[name]):
+                return f"the model's input {name} does not follow from the one before"
+        return None
+
+
+def kind(first: dict[str, Any]) -> tuple[Any, ...]:
+    """What calls that may share buffers have in common."""
+    shapes = tuple((name, tuple(value.shape), value.dtype) for name, value in tensors(first))
+    return shapes, tuple((name, repr(value)) for name, value in constants(first).items() if name != "past_key_values")
+
+
+class Greedy:
+    """The end of a greedy step, on the device: pick the token, pad finished sequences, write the token down.
+
+    ``tokens`` [batch, length] holds the tokens since ``begin``; ``count`` is the number of end-of-sequence ids.
+    """
+
+    def __init__(self, token: Tensor, length: int, count: int):
+        batch, device = token.shape[0], token.device
+        self.token = token
+        self.eos = torch.zeros(count, dtype=torch.long, device=device)
+        self.pad = torch.zeros((), dtype=torch.long, device=device)
+        self.unfinished = torch.ones(batch, dtype=torch.long, device=device)
+        self.written = torch.zeros(1, dtype=torch.long, device=device)
+        self.tokens = torch.zeros((batch, length), dtype=torch.long, device=device)
+        self.state = [self.unfinished, self.written, self.tokens]
+
+    def begin(self, token: Tensor, eos: Tensor, pad: Tensor | None, unfinished: Tensor) -> None:
+        """``token`` [batch] is the one to feed next, ``unfinished`` [batch] is 1 for rows that go on after it."""
+        self.eos.copy_(eos)
+        if pad is not None:
+            self.pad.copy_(pad)
+        self.token.copy_(token[:, None])
+        self.unfinished.copy_(unfinished)
+        self.tokens[:, 0] = token
+        self.written.fill_(1)
+
+    def pick(self, logits: Tensor) -> None:
+        """``logits`` [batch, vocabulary] in any float dtype: rounding to fp32 first would not change the maximum."""
+        token = logits.argmax(-1)
+        if len(self.eos):
+            token = token * self.unfinished + self.pad * (1 - self.unfinished)
+            self.unfinished.mul_((token[:, None] != self.eos).all(-1))
+        self.token.copy_(token[:, None])
+        self.tokens.index_copy_(1, self.written, self.token)
+        self.written.add_(1)
+
+
+class Step:
+    """A decode step bound to the memory of ``slot`` and ``inputs``, for ``forward``, the compiled forward."""
+
+    def __init__(self, model: nn.Module, forward: Callable[..., Any], slot: Slot, inputs: Inputs):
+        self.forward, self.slot, self.inputs = forward, slot, inputs
+        self.greedy: dict[int, Greedy] = {}
+        self.runners: dict[str, Callable[[], None]] = {}
+        self.call: GraphCall | None = None
+        self.unbound = self._bind(model)
+        self.last: Tensor | None = None
+
+    def _forward(self) -> Any:
+        return self.forward(**self.inputs.arguments, return_dict=True)
+
+    def _bind(self, model: nn.Module) -> str | None:
+        """Find the one graph call that the forward amounts to; the reason if it amounts to more."""
+        counters = self.slot.counters()
+        held = [counter.clone() for counter in counters]
+        before = python_state(model, self.slot)
+        with record_graphs() as calls:
+            logits = self._forward().logits
+        changed = python_state(model, self.slot) != before
+        torch._foreach_copy_(counters, held)
+        if len(calls) != 1:
+            return f"the model's forward runs as {len(calls)} graphs, not as one"
+        if changed:
+            return "the model's forward changes Python attributes at every token"
+        outputs = calls[0].outputs
+        calls[0].outputs = None
+        self.index = next((i for i, output in enumerate(outputs) if output is logits), None)
+        if self.index is None:
+            return "the logits are computed outside the graph"
+        self.call = calls[0]
+        self.addresses = _addresses(self.call)
+        return None
+
+    def refresh(self) -> bool:
+        """Check Dynamo's guards once more, for a model may have changed since; whether the step is still valid."""
+        if self.call is None:
+            return True
+        call = intercept(self._forward)
+        return call is not None and call.run is self.call.run and _addresses(call) == self.addresses
+
+    def logits(self) -> None:
+        """Run the forward on the buffers, leave ``last`` [batch, vocabulary], move the buffers on."""
+        if self.call is None:
+            self.last = self._forward().logits[:, -1]
+        else:
+            self.last = self.call.run(*self.call.args)[self.index][:, -1]
+        self.inputs.advance()
+
+    def runner(self, greedy: Greedy | None = None) -> Callable[[], None]:
+        """What runs a step: :meth:`logits`, or with ``greedy`` the choice of the token too."""
+        name = "logits" if greedy is None else f"greedy{len(greedy.eos)}"
+        if name not in self.runners:
+
+            def run() -> None:
+                self.logits()
+                if greedy is not None:
+                    greedy.pick(self.last)
+
+            self.runners[name] = run
+            if self.inputs.token.device.type == "cuda" and self.call is not None:
+                state = [*self.slot.counters(), *self.inputs.buffers.values(), self.inputs.row]
+                self.runners[name] = capture(run, state + (greedy.state if greedy is not None else []))
+        return self.runners[name]
+
+
+def capture(run: Callable[[], None], state: list[Tensor]) -> Callable[[], None]:
+    """``run`` as one CUDA graph. ``state``: what ``run`` changes and must be found unchanged afterwards; the keys and
+    values that the warm-up writes are those that the first replay writes again."""
+    held = [tensor.clone() for tensor in state]
+    device = state[0].device
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UPS):
+            run()
+            torch._foreach_copy_(state, held)
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        run()
+    return graph.replay
+
+
+def python_state(model: nn.Module, slot: Slot) -> list[Any]:
+    """The plain attributes of the modules and of the cache, and which tensors the cache holds."""
+    plain = (bool, int, float, str, type(None))
+    owners = [*model.modules(), *slot.cache.layers]
+    state: list[Any] = [[(k, v) for k, v in vars(owner).items() if isinstance(v, plain)] for owner in owners]
+    state += [(k, id(v)) for layer in slot.cache.layers for k, v in vars(layer).items() if isinstance(v, Tensor)]
+    return state
+
+
+def _addresses(call: GraphCall) -> list[Any]:
+    return [arg.data_ptr() if isinstance(arg, Tensor) else arg for arg in call.args]
