@@ -33,3 +33,8 @@ def pdl(device: torch.device) -> bool:
     if interpreted() or device.type != "cuda" or os.environ.get("TINYFUSE_PDL") == "0":
         return False
     return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def options(num_warps: int, ahead: bool) -> dict[str, object]:
+    """Launch options of a kernel whose ``PDL`` flag is ``ahead``."""
+    return {"num_warps": num_warps, "launch_pdl": True} if ahead else {"num_warps": num_warps}

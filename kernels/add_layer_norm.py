@@ -5,9 +5,10 @@ x, residual [..., N] of one dtype; returns (s, y). See ``layer_norm`` for the re
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from tinyfuse.kernels import _native, layer_norm
+from tinyfuse.kernels import _native, _rows, layer_norm
 from tinyfuse.op import Kernel, register
 
 
@@ -16,6 +17,23 @@ def reference(
 ) -> tuple[Tensor, Tensor]:
     total = x + residual
     return total, layer_norm.reference(total, weight, bias, eps)
+
+
+# --- GPU ---
+
+
+def supports_triton(x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> str | None:
+    name = "add_layer_norm"
+    return _rows.unsupported(name, x, residual) or _rows.unsupported_weight(name, x, weight, bias)
+
+
+def run_triton(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    total = _rows.empty_sum(x, residual)
+    y = torch.empty(total.shape, dtype=total.dtype, device=total.device)
+    layer_norm.launch(x, residual, weight, bias, total, y, eps)
+    return total, y
 
 
 # --- CPU ---
@@ -34,5 +52,8 @@ def run_native(
 OP = register(
     "add_layer_norm(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor)",
     reference=reference,
-    kernels=[Kernel("native", "cpu", supports_native, run_native)],
+    kernels=[
+        Kernel("triton", "cuda", supports_triton, run_triton),
+        Kernel("native", "cpu", supports_native, run_native),
+    ],
 )

@@ -12,7 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tinyfuse.kernels import _native
+from tinyfuse.kernels import _native, _rows
+from tinyfuse.kernels._triton import jit, options, tl
 from tinyfuse.op import Kernel, register
 
 
@@ -26,6 +27,89 @@ def reference(x: Tensor, weight: Tensor | None, eps: float, unit_offset: bool, c
         return (gain * normed.to(x.dtype)).to(x.dtype)
     gain = 1.0 + weight.float() if unit_offset else weight.float()
     return (gain * normed).to(x.dtype)
+
+
+# --- GPU ---
+
+
+@jit
+def _scaled(
+    value, scale, weight, col, N: tl.constexpr, DTYPE: tl.constexpr, UNIT_OFFSET: tl.constexpr, CAST_FIRST: tl.constexpr
+):
+    """value * scale * gain [rows, cols], with the roundings of the reference."""
+    out = value * scale[:, None]
+    if weight is not None:
+        gain = tl.load(weight + col, mask=col < N, other=0.0)
+        if CAST_FIRST:
+            out = out.to(DTYPE).to(tl.float32)
+            if UNIT_OFFSET:
+                gain = (1.0 + gain.to(tl.float32)).to(gain.dtype)
+        elif UNIT_OFFSET:
+            gain = 1.0 + gain.to(tl.float32)
+        out = gain.to(tl.float32) * out
+    return out.to(DTYPE)
+
+
+@jit
+def _rms_norm(
+    x, residual, weight, total, y, rows, eps, n1, n2,
+    x_0, x_1, x_2, r_0, r_1, r_2, t_0, t_1, t_2, y_0, y_1, y_2,
+    N: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, DIMS: tl.constexpr,
+    UNIT_OFFSET: tl.constexpr, CAST_FIRST: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Rows of BLOCK_N columns in registers, longer ones in two passes; residual and total: both None or neither."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        if weight is not None:
+            _rows.prefetch(weight, N, BLOCK_N)
+        tl.extra.cuda.gdc_wait()
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    col = tl.arange(0, BLOCK_N)[None, :]
+    x += _rows.offset(row, n1, n2, x_0, x_1, x_2, DIMS)[:, None]
+    y += _rows.offset(row, n1, n2, y_0, y_1, y_2, DIMS)[:, None]
+    if residual is not None:
+        residual += _rows.offset(row, n1, n2, r_0, r_1, r_2, DIMS)[:, None]
+        total += _rows.offset(row, n1, n2, t_0, t_1, t_2, DIMS)[:, None]
+    inside = (row < rows)[:, None]
+    DTYPE: tl.constexpr = y.dtype.element_ty
+    if N <= BLOCK_N:
+        value = _rows.load_sum(x, residual, total, col, inside & (col < N))
+        scale = tl.rsqrt(tl.sum(value * value, 1) / N + eps)
+        out = _scaled(value, scale, weight, col, N, DTYPE, UNIT_OFFSET, CAST_FIRST)
+        tl.store(y + col, out, mask=inside & (col < N))
+    else:
+        square = tl.zeros([ROWS, BLOCK_N], tl.float32)
+        for start in range(0, N, BLOCK_N):
+            value = _rows.load_sum(x, residual, total, start + col, inside & (start + col < N))
+            square += value * value
+        scale = tl.rsqrt(tl.sum(square, 1) / N + eps)
+        for start in range(0, N, BLOCK_N):
+            value = _rows.load_sum(x, residual, None, start + col, inside & (start + col < N))
+            out = _scaled(value, scale, weight, start + col, N, DTYPE, UNIT_OFFSET, CAST_FIRST)
+            tl.store(y + start + col, out, mask=inside & (start + col < N))
+
+
+def launch(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, total: Tensor | None, y: Tensor,
+    eps: float, unit_offset: bool, cast_first: bool,
+) -> None:  # fmt: skip
+    """y = rms_norm(x), or total = x + residual and y = rms_norm(total)."""
+    N, rows, tile, ahead = _rows.plan(x, residual, total, y)
+    if rows.count and N:
+        _rms_norm[(-(-rows.count // tile.rows),)](
+            x, residual, weight, total, y, rows.count, eps, *rows.sizes, *rows.strides,
+            N, tile.block_n, tile.rows, rows.dims, unit_offset, cast_first, ahead, **options(tile.warps, ahead),
+        )  # fmt: skip
+
+
+def supports_triton(x: Tensor, weight: Tensor | None, eps: float, unit_offset: bool, cast_first: bool) -> str | None:
+    return _rows.unsupported("rms_norm", x) or _rows.unsupported_weight("rms_norm", x, weight)
+
+
+def run_triton(x: Tensor, weight: Tensor | None, eps: float, unit_offset: bool, cast_first: bool) -> Tensor:
+    y = torch.empty_like(x)
+    launch(x, None, weight, None, y, eps, unit_offset, cast_first)
+    return y
 
 
 # --- CPU ---
@@ -42,5 +126,8 @@ def run_native(x: Tensor, weight: Tensor | None, eps: float, unit_offset: bool, 
 OP = register(
     "rms_norm(Tensor x, Tensor? weight, float eps, bool unit_offset, bool cast_first) -> Tensor",
     reference=reference,
-    kernels=[Kernel("native", "cpu", supports_native, run_native)],
+    kernels=[
+        Kernel("triton", "cuda", supports_triton, run_triton),
+        Kernel("native", "cpu", supports_native, run_native),
+    ],
 )

@@ -1,0 +1,154 @@
+"""Rows of tensors with any strides: leading dimensions are merged where memory allows, to at most three."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tinyfuse.kernels import _triton
+from tinyfuse.kernels._triton import jit, pdl, tl, triton
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+MAX_DIMS = 3
+MAX_BLOCK = 16384
+
+
+class Rows(NamedTuple):
+    """``count`` rows over ``dims`` dimensions; ``sizes`` of the second and third; strides of each tensor, padded to
+    three dimensions, one after the other. Row r is ``(r // (n1 * n2), r // n2 % n1, r % n2)``."""
+
+    count: int
+    dims: int
+    sizes: tuple[int, int]
+    strides: tuple[int, ...]
+
+
+@lru_cache(4096)
+def merge(shape: tuple[int, ...], *strides: tuple[int, ...]) -> Rows | None:
+    """The rows that tensors of one ``shape`` share, in the order of the last one's memory; None if over three dims."""
+    order = sorted((d for d, size in enumerate(shape) if size != 1), key=lambda d: -strides[-1][d])
+    dims: list[tuple[int, list[int]]] = []
+    for d in order:
+        size, steps = shape[d], [s[d] for s in strides]
+        if dims and all(outer == size * inner for outer, inner in zip(dims[-1][1], steps, strict=True)):
+            size *= dims.pop()[0]
+        dims.append((size, steps))
+    if len(dims) > MAX_DIMS:
+        return None
+    count = 1
+    for size, _ in dims:
+        count *= size
+    missing = MAX_DIMS - len(dims)
+    sizes = [1] * missing + [size for size, _ in dims]
+    padded = [0] * missing
+    flat = [step for i in range(len(strides)) for step in padded + [steps[i] for _, steps in dims]]
+    return Rows(count, len(dims), (sizes[1], sizes[2]), tuple(flat))
+
+
+def unsupported(name: str, *tensors: Tensor) -> str | None:
+    """Why ``tensors``, of one shape, cannot be read row by row, or None."""
+    if _triton.missing:
+        return _triton.missing
+    first = tensors[0]
+    for x in tensors:
+        if x.dtype not in FLOATS:
+            return f"{name} kernels take bfloat16, float16 and float32, not {x.dtype}"
+        if x is not first and (x.dtype is not first.dtype or x.shape != first.shape):
+            return f"the inputs of {name} differ in dtype or shape"
+        if not x.dim():
+            return f"the input of {name} has no dimension"
+        if x.stride(-1) != 1 and x.shape[-1] != 1:
+            return f"the last dimension of the input of {name} is not contiguous"
+        if any(s == 1 and n != 1 for s, n in zip(x.stride()[:-1], x.shape, strict=False)) and x.shape[-1] != 1:
+            return f"the rows of the input of {name} overlap in memory"
+    if first.dim() - 1 > MAX_DIMS and merge(first.shape[:-1], *(x.stride()[:-1] for x in tensors)) is None:
+        return f"the strides of the input of {name} do not merge into {MAX_DIMS} dimensions"
+    return None
+
+
+def unsupported_weight(name: str, x: Tensor, *weights: Tensor | None) -> str | None:
+    """Why the per-channel ``weights`` of rows ``x`` cannot be read, or None."""
+    for w in weights:
+        if w is None:
+            continue
+        if w.dtype not in FLOATS:
+            return f"{name} kernels take bfloat16, float16 and float32 weights, not {w.dtype}"
+        if w.dim() != 1 or w.shape[0] != x.shape[-1] or (w.stride(0) != 1 and w.shape[0] != 1):
+            return f"the weight of {name} is not one contiguous value per channel"
+    return None
+
+
+class Tile(NamedTuple):
+    """Columns and rows per program, warps."""
+
+    block_n: int
+    rows: int
+    warps: int
+
+
+@lru_cache(4096)
+def tile(N: int, many: bool) -> Tile:
+    """One row per program for long rows and for few rows (latency counts), else 2048 elements."""
+    block = min(triton.next_power_of_2(N), MAX_BLOCK)
+    rows = max(1, 2048 // block) if many else 1
+    return Tile(block, rows, max(1, min(16, block * rows // 512)))
+
+
+@lru_cache(4096)
+def _sum_strides(shape: tuple[int, ...], a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
+    return (torch.empty_strided(shape, a, device="meta") + torch.empty_strided(shape, b, device="meta")).stride()
+
+
+def empty_sum(x: Tensor, residual: Tensor) -> Tensor:
+    """An uninitialised tensor with the layout that ``x + residual`` would have."""
+    if x.stride() == residual.stride():
+        return torch.empty_like(x)
+    return x.new_empty_strided(x.shape, _sum_strides(x.shape, x.stride(), residual.stride()))
+
+
+def plan(x: Tensor, residual: Tensor | None, total: Tensor | None, y: Tensor) -> tuple[int, Rows, Tile, bool]:
+    """(N, rows of x, residual, total and y, tile, whether to launch ahead); x and y stand in for what is None."""
+    N, x_strides, y_strides = x.shape[-1], x.stride()[:-1], y.stride()[:-1]
+    r_strides = x_strides if residual is None else residual.stride()[:-1]
+    t_strides = y_strides if total is None else total.stride()[:-1]
+    rows = merge(x.shape[:-1], x_strides, r_strides, t_strides, y_strides)
+    return N, rows, tile(N, rows.count > 1024), pdl(x.device)
+
+
+@jit
+def offset(row, n1, n2, s0, s1, s2, DIMS: tl.constexpr):
+    """Where rows begin, int64; the arguments are fields of :class:`Rows`."""
+    if DIMS <= 1:
+        at = row.to(tl.int64) * s2
+    else:
+        outer = row // n2
+        at = (row % n2).to(tl.int64) * s2
+        if DIMS == 2:
+            at += outer.to(tl.int64) * s1
+        else:
+            at += (outer % n1).to(tl.int64) * s1 + (outer // n1).to(tl.int64) * s0
+    return at
+
+
+@jit
+def prefetch(pointer, N: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Bring N values into L2 before ``gdc_wait``: unlike a load, safe even if they are not written yet."""
+    at = tl.minimum(tl.arange(0, BLOCK_N // 8) * 8, N - 1) if BLOCK_N >= 8 else tl.arange(0, 1)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointer + at], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@jit
+def load_sum(x, residual, total, at, inside):
+    """Columns ``at`` of x, or of x + residual rounded to x's dtype (then also stored to total, if given), as fp32."""
+    value = tl.load(x + at, mask=inside, other=0.0)
+    if residual is not None:
+        more = tl.load(residual + at, mask=inside, other=0.0)
+        value = (value.to(tl.float32) + more.to(tl.float32)).to(value.dtype)
+        if total is not None:
+            tl.store(total + at, value, mask=inside)
+    return value.to(tl.float32)
