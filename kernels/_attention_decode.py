@@ -17,6 +17,7 @@ from torch import Tensor
 from tinyfuse.kernels._triton import jit, pdl, tl, triton
 
 MASK_NONE, MASK_BOOL, MASK_FLOAT = 0, 1, 2
+MAX_ROWS = 16
 
 
 class Plan(NamedTuple):

@@ -18,8 +18,6 @@ from torch import Tensor
 from tinyfuse.kernels import _attention_decode, _native, _triton
 from tinyfuse.op import Kernel, register
 
-DECODE_ROWS = 16
-
 
 def reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool) -> Tensor:
     groups = q.shape[1] // k.shape[1]
@@ -54,8 +52,8 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: flo
 
 def decodes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool) -> str | None:
     """A symbolic number of query rows is left to the prefill kernel: comparing it would add a guard."""
-    if not isinstance(q.shape[2], int) or q.shape[2] > DECODE_ROWS:
-        return f"the decode kernel takes at most {DECODE_ROWS} query rows"
+    if not isinstance(q.shape[2], int) or q.shape[2] > MAX_ROWS:
+        return f"the decode kernel takes at most {MAX_ROWS} query rows"
     return unsupported(q, k, v, mask, scale, is_causal)
 
 

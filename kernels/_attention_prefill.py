@@ -1,0 +1,248 @@
+"""Attention of many query rows (FlashAttention-2, Dao, 2023) that skips what a dense bool mask hides.
+
+A pass over the mask finds, for every block of query rows, the key blocks [lo, hi) outside which nothing is
+attended and the first run [full_lo, full_hi) of key blocks that are attended whole. The main kernel runs the
+full blocks without reading the mask, then the others with it. So a causal, sliding or padded mask given as a
+dense tensor costs what the flag would. Layers share their mask, and the pass runs once per mask.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from tinyfuse.kernels._attention_decode import MAX_ROWS, decode, mask_kind, mask_strides, to_log2
+from tinyfuse.kernels._triton import jit, tl, triton
+
+
+class Plan(NamedTuple):
+    """Query rows and keys per block, warps, pipeline stages."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+
+
+class BlockMap(NamedTuple):
+    """spans int32 [Bm, Hm, blocks of rows, 4] of lo, hi, full_lo, full_hi; columns bool [Bm, Hm, blocks, Skv]:
+    the keys that some row of the block attends. Bm and Hm are 1 where the mask is broadcast."""
+
+    spans: Tensor
+    columns: Tensor
+
+
+@jit
+def _map(
+    mask, spans, columns, mask_b, mask_h, mask_m, mask_n, Sq, Skv,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0)
+    line = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * tl.num_programs(0) + block
+    m = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.arange(0, TILES * BLOCK_N)
+    tile = tl.arange(0, TILES)
+    mask += tl.program_id(2).to(tl.int64) * mask_b + tl.program_id(1).to(tl.int64) * mask_h
+    blocks = tl.cdiv(Skv, BLOCK_N)
+    lo = blocks
+    hi = 0
+    full_lo = blocks
+    full_hi = blocks
+    for first in range(0, blocks, TILES):
+        n = first * BLOCK_N + column
+        inside = (m < Sq)[:, None] & (n < Skv)[None, :]
+        at = m.to(tl.int64)[:, None] * mask_m + n.to(tl.int64)[None, :] * mask_n
+        true = tl.load(mask + at, mask=inside, other=0).to(tl.int32)
+        some = tl.max(true, 0)
+        # Rows past the end do not count; keys past the end make their block a partial one.
+        every = tl.min(tl.where((m < Sq)[:, None], true, 1), 0)
+        tl.store(columns + line * Skv + n, some > 0, mask=n < Skv)
+        i = first + tile
+        live = tl.max(tl.reshape(some, [TILES, BLOCK_N]), 1) > 0
+        whole = tl.min(tl.reshape(every, [TILES, BLOCK_N]), 1) > 0
+        lo = tl.minimum(lo, tl.min(tl.where(live, i, blocks)))
+        hi = tl.maximum(hi, tl.max(tl.where(live, i + 1, 0)))
+        full_lo = tl.minimum(full_lo, tl.min(tl.where(whole, i, blocks)))
+        full_hi = tl.minimum(full_hi, tl.min(tl.where((i > full_lo) & (whole == 0), i, blocks)))
+    # Without a full block both ends of the run are `lo`.
+    none = full_lo == blocks
+    tl.store(spans + line * 4, lo)
+    tl.store(spans + line * 4 + 1, hi)
+    tl.store(spans + line * 4 + 2, tl.where(none, lo, full_lo))
+    tl.store(spans + line * 4 + 3, tl.where(none, lo, full_hi))
+
+
+@jit
+def _load(ptr, keep, inner, MASKED: tl.constexpr, PADDED: tl.constexpr):
+    if MASKED and PADDED:
+        return tl.load(ptr, mask=keep[:, None] & inner[None, :], other=0.0)
+    elif MASKED:
+        return tl.load(ptr, mask=keep[:, None], other=0.0)
+    elif PADDED:
+        return tl.load(ptr, mask=inner[None, :], other=0.0)
+    else:
+        return tl.load(ptr)
+
+
+@jit
+def _prefill(
+    q, k, v, mask, spans, columns, out, scale, Sq, Skv,
+    q_b, q_h, q_m, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, mask_h, mask_m, mask_n, map_b, map_h,
+    GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, EDGE_STAGES: tl.constexpr,
+    KIND: tl.constexpr, CAUSAL: tl.constexpr,
+):  # fmt: skip
+    # The last rows see the most keys of a causal mask: they start first.
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    head = tl.program_id(1).to(tl.int64)
+    b = tl.program_id(2).to(tl.int64)
+    tile = tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    e = tl.arange(0, BLOCK_DV)
+    m = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows_ok = m < Sq
+    rows = m.to(tl.int64)
+    row = tl.arange(0, BLOCK_M)
+    q_ptr = q + b * q_b + head * q_h + rows[:, None] * q_m + d[None, :]
+    query = tl.load(q_ptr, mask=rows_ok[:, None] & (d < D)[None, :], other=0.0)
+    k_ptr = k + b * k_b + (head // GROUP) * k_h + tile[:, None] * k_n + d[None, :]
+    v_ptr = v + b * v_b + (head // GROUP) * v_h + tile[:, None] * v_n + e[None, :]
+
+    lo = 0
+    hi = tl.cdiv(Skv, BLOCK_N)
+    full_lo = 0
+    full_hi = Skv // BLOCK_N
+    if CAUSAL:
+        hi = tl.minimum(hi, tl.cdiv((block + 1) * BLOCK_M, BLOCK_N))
+        full_hi = tl.minimum(full_hi, (block * BLOCK_M + 1) // BLOCK_N)
+    if KIND == 1:
+        line = b * map_b + head * map_h + block
+        lo = tl.load(spans + line * 4)
+        hi = tl.load(spans + line * 4 + 1)
+        full_lo = tl.load(spans + line * 4 + 2)
+        full_hi = tl.load(spans + line * 4 + 3)
+        columns += line * Skv
+    if KIND == 2:
+        full_hi = 0
+    if KIND != 0:
+        mask += b * mask_b + head * mask_h + (block * BLOCK_M).to(tl.int64) * mask_m
+
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    for i in tl.range(full_lo, full_hi, num_stages=STAGES):
+        start = tl.cast(i, tl.int64) * BLOCK_N
+        key = _load(k_ptr + start * k_n, tile, d < D, False, BLOCK_D != D)
+        score = tl.dot(query, tl.trans(key))
+        higher = tl.maximum(top, tl.max(score, 1) * scale)
+        p = tl.exp2(score * scale - higher[:, None])
+        decay = tl.exp2(top - higher)
+        total = total * decay + tl.sum(p, 1)
+        value = _load(v_ptr + start * v_n, tile, e < DV, False, BLOCK_DV != DV)
+        acc = tl.dot(p.to(value.dtype), value, acc * decay[:, None])
+        top = higher
+    for i in tl.range(lo, hi - (full_hi - full_lo), num_stages=EDGE_STAGES):
+        i += tl.where(i < full_lo, 0, full_hi - full_lo)
+        start = tl.cast(i, tl.int64) * BLOCK_N
+        n = start + tile
+        keep = n < Skv
+        if KIND == 1:
+            keep = tl.load(columns + n, mask=keep, other=0) != 0
+        key = _load(k_ptr + start * k_n, keep, d < D, True, BLOCK_D != D)
+        value = _load(v_ptr + start * v_n, keep, e < DV, True, BLOCK_DV != DV)
+        score = tl.dot(query, tl.trans(key)) * scale
+        if KIND == 0:
+            score = tl.where(keep[None, :], score, float("-inf"))
+        else:
+            inside = rows_ok[:, None] & (n < Skv)[None, :]
+            at = row[:, None] * mask_m + tile[None, :] * mask_n
+            hidden = tl.load(mask + start * mask_n + at, mask=inside, other=0)
+            if KIND == 1:
+                score = tl.where(hidden != 0, score, float("-inf"))
+            else:
+                score = tl.where(keep[None, :], score + to_log2(hidden), float("-inf"))
+        if CAUSAL:
+            score = tl.where(n[None, :] <= rows[:, None], score, float("-inf"))
+        higher = tl.maximum(top, tl.max(score, 1))
+        shift = tl.where(higher == float("-inf"), 0.0, higher)
+        p = tl.exp2(score - shift[:, None])
+        decay = tl.exp2(top - shift)
+        total = total * decay + tl.sum(p, 1)
+        acc = tl.dot(p.to(value.dtype), value, acc * decay[:, None])
+        top = higher
+
+    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    out_ptr = out + (((b * Sq + rows) * tl.num_programs(1) + head) * DV)[:, None] + e[None, :]
+    tl.store(out_ptr, acc, mask=rows_ok[:, None] & (e < DV)[None, :])
+
+
+def plan(Sq: int, programs: int, width: int) -> Plan:
+    """programs: batch times heads; width: the larger padded head_dim."""
+    if width > 128:
+        return Plan(64, 64, 4, 2)
+    if Sq * programs <= 64 * 256:
+        return Plan(64, 64, 4, 3)
+    return Plan(128, 64, 8, 3) if width == 128 else Plan(128, 128, 8, 3)
+
+
+_maps: list[tuple[tuple, StorageWeakRef, BlockMap]] = []
+
+
+def block_map(mask: Tensor, size: tuple[int, int, int, int], p: Plan) -> BlockMap:
+    """The map of a bool mask broadcast to ``size`` = (B, H, Sq, Skv), from the last two maps where possible.
+
+    The weak reference pins the storage's identity without its memory, and the version counter sees writes.
+    Inference tensors have no counter, and a captured graph must hold the pass: both always compute.
+    """
+    on_gpu = mask.is_cuda
+    if mask.is_inference() or (on_gpu and torch.cuda.is_current_stream_capturing()):
+        return _make_map(mask, size, p)
+    stream = torch.cuda.current_stream(mask.device).cuda_stream if on_gpu else 0
+    storage = mask.untyped_storage()
+    key = (storage._cdata, mask.storage_offset(), mask._version, mask.shape, mask.stride(), size, p, stream)
+    for known, _, made in _maps:
+        if known == key:
+            return made
+    made = _make_map(mask, size, p)
+    _maps[:] = [(key, StorageWeakRef(storage), made), *_maps[:1]]
+    return made
+
+
+def _make_map(mask: Tensor, size: tuple[int, int, int, int], p: Plan) -> BlockMap:
+    B, H, Sq, Skv = size
+    strides = mask_strides(mask)
+    shape = (B if strides[0] else 1, H if strides[1] else 1, triton.cdiv(Sq, p.block_m))
+    spans = torch.empty((*shape, 4), dtype=torch.int32, device=mask.device)
+    columns = torch.empty((*shape, Skv), dtype=torch.bool, device=mask.device)
+    tiles = min(512 // p.block_n, triton.next_power_of_2(triton.cdiv(Skv, p.block_n)))
+    _map[shape[::-1]](mask, spans, columns, *strides, Sq, Skv, p.block_m, p.block_n, tiles, num_warps=8)
+    return BlockMap(spans, columns)
+
+
+def prefill(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool, chosen: Plan | None = None
+) -> Tensor:
+    """Launch the kernels; arguments as in ``attention``, ``chosen`` overrides :func:`plan`."""
+    B, H, Sq, D = q.shape
+    if Sq <= MAX_ROWS:
+        return decode(q, k, v, mask, scale, is_causal)
+    Skv, DV = v.shape[2:]
+    block_d, block_dv = triton.next_power_of_2(D), triton.next_power_of_2(DV)
+    p = chosen or plan(Sq, B * H, max(block_d, block_dv))
+    kind = mask_kind(mask)
+    spans = columns = None
+    map_b = map_h = 0
+    if mask is not None and mask.dtype == torch.bool:
+        spans, columns = block_map(mask, (B, H, Sq, Skv), p)
+        map_b, map_h = (0 if n == 1 else s // 4 for n, s in zip(spans.shape[:2], spans.stride()[:2], strict=True))
+    out = torch.empty((B, Sq, H, DV), dtype=q.dtype, device=q.device)
+    _prefill[(triton.cdiv(Sq, p.block_m), H, B)](
+        q, k, v, mask, spans, columns, out, scale * 1.4426950408889634, Sq, Skv,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *mask_strides(mask), map_b, map_h,
+        H // k.shape[1], D, DV, block_d, block_dv, p.block_m, p.block_n, p.stages, 2 if kind == 2 else 1,
+        kind, is_causal, num_warps=p.warps,
+    )  # fmt: skip
+    return out.transpose(1, 2)

@@ -1,0 +1,112 @@
+"""Float16 stands for the half precisions: the interpreter's dot product of bfloat16 is wrong."""
+
+import itertools
+
+import pytest
+import torch
+
+from tinyfuse.kernels import _attention_decode, _attention_prefill
+from tinyfuse.kernels.attention import reference
+
+# B, H, Hkv, Sq, Skv, D, Dv
+DECODE = [(1, 2, 2, 1, 37, 32, 32), (2, 4, 2, 1, 70, 40, 24), (1, 18, 1, 4, 41, 16, 16), (2, 2, 2, 5, 19, 32, 16)]
+PREFILL = [(1, 2, 2, 33, 33, 16, 16), (2, 4, 1, 40, 67, 24, 32), (1, 2, 1, 17, 5, 16, 16)]
+MASKS = ["none", "causal flag", "causal", "sliding", "padded", "by head", "dead", "float"]
+
+
+def make_mask(kind, B, H, Sq, Skv, dtype):
+    """(mask, is_causal); the last columns of "causal" and "padded" are a cache's unwritten slots."""
+    i, j = torch.arange(Sq)[:, None], torch.arange(Skv)
+    if kind == "causal":
+        return (j <= i)[None, None].expand(B, 1, Sq, Skv), False
+    if kind == "sliding":
+        return (j <= i + 9) & (j > i - 11), False
+    if kind == "padded":
+        return ((j >= 3) & (j < Skv - 2)).expand(B, 1, 1, Skv), False
+    if kind == "by head":
+        mask = torch.rand(Sq, H, B, Skv).permute(2, 1, 0, 3) < 0.3
+        return mask.index_fill(2, torch.tensor([0]), False), False
+    if kind == "dead":
+        return torch.zeros(B, 1, 1, Skv, dtype=torch.bool), False
+    if kind == "float":
+        return torch.where(torch.rand(B, 1, Sq, Skv) < 0.5, 0.0, -30.0).to(dtype), False
+    return None, kind == "causal flag"
+
+
+def make_inputs(shape, dtype):
+    """q is a view of a fused projection, k a transposed one, v a cache with a storage offset."""
+    B, H, Hkv, Sq, Skv, D, Dv = shape
+    q = torch.randn(B, Sq, H, D + 8, dtype=dtype)[..., 8:].transpose(1, 2)
+    k = torch.randn(B, Skv, Hkv, D, dtype=dtype).transpose(1, 2)
+    v = torch.randn(B, Hkv, Skv + 3, Dv, dtype=dtype)[:, :, 3:]
+    return q, k, v
+
+
+def check(run, shape, kind, dtype, plan):
+    torch.manual_seed(0)
+    B, H, _, Sq, Skv, D, _ = shape
+    q, k, v = make_inputs(shape, dtype)
+    mask, is_causal = make_mask(kind, B, H, Sq, Skv, dtype)
+    wide = mask if mask is None or mask.dtype == torch.bool else mask.double()
+    exact = reference(q.double(), k.double(), v.double(), wide, D**-0.5, is_causal)
+    out = run(q, k, v, mask, D**-0.5, is_causal, plan)
+    assert out.shape == exact.shape and out.transpose(1, 2).is_contiguous()
+    error = (out.double() - exact).norm() / exact.norm().clamp_min(1e-9)
+    assert error < (1e-5 if dtype == torch.float32 else 1e-3)
+
+
+@pytest.mark.parametrize("shape, kind", list(itertools.product(DECODE, MASKS)))
+def test_decode(shape, kind):
+    block_r = 1 if shape[1] == shape[2] and shape[3] == 1 else 16
+    check(_attention_decode.decode, shape, kind, torch.float16, _attention_decode.Plan(block_r, 16, 2, 4, 1))
+
+
+@pytest.mark.parametrize("shape", DECODE)
+def test_decode_in_float32(shape):
+    check(_attention_decode.decode, shape, "by head", torch.float32, None)
+
+
+@pytest.mark.parametrize("shape, kind", list(itertools.product(PREFILL, MASKS)))
+def test_prefill(shape, kind):
+    check(_attention_prefill.prefill, shape, kind, torch.float16, _attention_prefill.Plan(16, 16, 4, 1))
+
+
+@pytest.mark.parametrize("Sq", [1, 20])
+def test_masked_cache_slots_may_hold_anything(Sq):
+    q, k, v = make_inputs((1, 2, 2, Sq, 70, 16, 16), torch.float32)
+    mask = (torch.arange(70) < 37).expand(1, 1, Sq, 70)
+    run = _attention_decode.decode if Sq == 1 else _attention_prefill.prefill
+    clean = run(q, k, v, mask, 0.25, False)
+    k[:, :, 37:], v[:, :, 37:] = float("nan"), float("inf")
+    assert torch.equal(run(q, k, v, mask, 0.25, False), clean)
+
+
+def test_float_mask_of_minima_averages_as_sdpa_does():
+    q, k, v = make_inputs((1, 1, 1, 1, 9, 16, 16), torch.float32)
+    mask = torch.full((1, 1, 1, 9), torch.finfo(torch.float32).min)
+    out = _attention_decode.decode(q, k, v, mask, 0.25, False)
+    torch.testing.assert_close(out, reference(q, k, v, mask, 0.25, False))
+
+
+def test_map_finds_the_key_blocks_of_a_dense_mask():
+    size = (1, 1, 32, 64)
+    i, j = torch.arange(32)[:, None], torch.arange(64)
+    plan = _attention_prefill.Plan(16, 16, 4, 1)
+    for mask, spans in [
+        (j <= i, [[0, 1, 0, 0], [0, 2, 0, 1]]),
+        (j <= i + 40, [[0, 4, 0, 2], [0, 4, 0, 3]]),
+        ((j >= 16) & (j <= i + 40), [[1, 4, 1, 2], [1, 4, 1, 3]]),
+        (j < 0, [[4, 0, 4, 4], [4, 0, 4, 4]]),
+    ]:
+        found = _attention_prefill.block_map(mask.expand(size), size, plan).spans[0, 0].tolist()
+        assert found == spans
+
+
+def test_map_is_made_again_when_the_mask_changes():
+    size = (1, 1, 20, 40)
+    plan = _attention_prefill.Plan(16, 16, 4, 1)
+    mask = torch.ones(size, dtype=torch.bool)
+    first = _attention_prefill.block_map(mask, size, plan)
+    assert _attention_prefill.block_map(mask.view(size), size, plan) is first
+    mask[..., 16:] = False
+    assert _attention_prefill.block_map(mask, size, plan).spans[..., 1].tolist() == [[[1, 1]]]
