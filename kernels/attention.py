@@ -15,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinyfuse.kernels import _attention_decode, _native, _triton
+from tinyfuse.kernels import _native, _triton
+from tinyfuse.kernels._attention_decode import MAX_ROWS, decode
+from tinyfuse.kernels._attention_prefill import prefill
 from tinyfuse.op import Kernel, register
 
 
@@ -57,6 +59,12 @@ def decodes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, 
     return unsupported(q, k, v, mask, scale, is_causal)
 
 
+def prefills(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool) -> str | None:
+    if q.dtype == torch.float32:
+        return "the prefill kernel computes on 16-bit tensor cores; float32 stays with SDPA"
+    return unsupported(q, k, v, mask, scale, is_causal)
+
+
 # --- CPU ---
 
 _pack_native = _native.packer("32qd")
@@ -93,7 +101,8 @@ OP = register(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool is_causal) -> Tensor",
     reference=reference,
     kernels=[
-        Kernel("decode", "cuda", decodes, _attention_decode.decode),
+        Kernel("decode", "cuda", decodes, decode),
+        Kernel("prefill", "cuda", prefills, prefill),
         Kernel("native", "cpu", supports_native, run_native),
     ],
 )
