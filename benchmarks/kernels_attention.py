@@ -1,0 +1,273 @@
+"""Attention kernels against scaled_dot_product_attention as Hugging Face calls it.
+
+    PYTHONPATH=. python3 benchmarks/kernels_attention.py [--sweep] [--out DIR] [--only decode|prefill]
+
+Every time is the median of CUDA-graph replays in microseconds per call, each graph walking through enough
+copies of the keys and values to exceed the L2 cache twice. Every variant is checked first against float64 on
+its first and last head. Writes attention-<gpu>.json. ``--shard I N`` runs every N-th case once, untimed:
+N such processes side by side fill Triton's disk cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from tinyfuse.kernels import _attention_decode as decoding
+from tinyfuse.kernels import _attention_prefill as prefilling
+
+HEADS = [(32, 32, 128), (32, 8, 128), (32, 8, 64)]
+DEVICE = torch.device("cuda")
+
+
+@dataclass
+class Case:
+    """q [1, H, Sq, D] over a cache [1, Hkv, Skv, D]; ``live`` positions of it are written."""
+
+    H: int
+    Hkv: int
+    D: int
+    Sq: int
+    Skv: int
+    live: int
+
+    def inputs(self) -> tuple[list[tuple[Tensor, Tensor, Tensor]], Tensor]:
+        nbytes = 2 * self.Hkv * self.Skv * self.D * 2 * 2
+        l2 = torch.cuda.get_device_properties(DEVICE).L2_cache_size
+        sets = min(32, max(3, 2 * l2 // nbytes + 1)) if self.Skv * self.Sq < 2**22 else 2
+        g = torch.Generator(DEVICE).manual_seed(0)
+
+        def random(heads: int, length: int) -> Tensor:
+            return torch.randn(1, heads, length, self.D, generator=g, device=DEVICE, dtype=torch.bfloat16)
+
+        made = [(random(self.H, self.Sq), random(self.Hkv, self.Skv), random(self.Hkv, self.Skv)) for _ in range(sets)]
+        j = torch.arange(self.Skv, device=DEVICE)
+        i = torch.arange(self.live - self.Sq, self.live, device=DEVICE)[:, None]
+        return made, (j <= i)[None, None]
+
+
+def repeat_kv(x: Tensor, groups: int) -> Tensor:
+    """As in transformers: a copy of the cache."""
+    if groups == 1:
+        return x
+    b, h, s, d = x.shape
+    return x[:, :, None].expand(b, h, groups, s, d).reshape(b, h * groups, s, d)
+
+
+def sdpa(q, k, v, mask, is_causal=False, backend=None, gqa=False):
+    if not gqa:
+        k, v = repeat_kv(k, q.shape[1] // k.shape[1]), repeat_kv(v, q.shape[1] // v.shape[1])
+
+    def call():
+        return F.scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, enable_gqa=gqa)
+
+    if backend is None:
+        return call().transpose(1, 2).contiguous()
+    with sdpa_kernel(backend):
+        return call().transpose(1, 2).contiguous()
+
+
+def ours(run, plan=None, is_causal=False, masked=True):
+    def call(q, k, v, mask):
+        return run(q, k, v, mask if masked else None, q.shape[-1] ** -0.5, is_causal, plan).transpose(1, 2)
+
+    return call
+
+
+def decode_variants(case: Case, sweep: bool) -> dict[str, Callable]:
+    variants = {
+        "stock": lambda q, k, v, mask: sdpa(q, k, v, mask),
+        "tinyfuse": ours(decoding.decode),
+    }
+    if case.live == case.Skv:
+        variants["sdpa no mask"] = lambda q, k, v, mask: sdpa(q, k, v, None, gqa=case.Hkv != case.H)
+        variants["tinyfuse no mask"] = ours(decoding.decode, masked=False)
+    if sweep and case.live in (512, 8192) and case.live == case.Skv:
+        vector, n = case.Hkv == case.H, 128 // case.D
+        shapes = [(1, 32, 4, 1), (1, 64, 4, 1), (1, 64, 8, 1), (1, 32, 2, 1), (1, 16, 2, 1), (16, 64, 4, 3)]
+        if not vector:
+            shapes = [(16, 64, 4, 3), (16, 64, 4, 2), (16, 32, 4, 3), (16, 64, 8, 3), (16, 32, 2, 3), (16, 64, 4, 1)]
+        for block_r, block_n, warps, stages in shapes:
+            for per_sm in (2, 4, 6):
+                splits = max(1, min(per_sm * 132 // case.Hkv, case.Skv // (block_n * n), 128))
+                plan = decoding.Plan(block_r, block_n * n, splits, warps, stages)
+                variants[str(tuple(plan))] = ours(decoding.decode, plan)
+    return variants
+
+
+def prefill_variants(case: Case, sweep: bool) -> dict[str, Callable]:
+    variants = {
+        "stock": lambda q, k, v, mask: sdpa(q, k, v, mask),
+        "efficient": lambda q, k, v, mask: sdpa(q, k, v, mask, backend=SDPBackend.EFFICIENT_ATTENTION),
+        "cudnn": lambda q, k, v, mask: sdpa(q, k, v, mask, backend=SDPBackend.CUDNN_ATTENTION),
+        "tinyfuse": ours(prefilling.prefill),
+    }
+    if case.Sq == case.Skv:
+        gqa = case.Hkv != case.H
+        variants["flag: sdpa"] = lambda q, k, v, mask: sdpa(q, k, v, None, True, gqa=gqa)
+        for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION"):
+            backend = getattr(SDPBackend, name)
+            variants[f"flag: {name.split('_')[0].lower()}"] = lambda q, k, v, mask, backend=backend: sdpa(
+                q, k, v, None, True, backend, gqa
+            )
+        variants["flag: tinyfuse"] = ours(prefilling.prefill, is_causal=True, masked=False)
+    if sweep and case.Sq in (128, 512, 2048):
+        shapes = [(64, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2), (64, 128, 4, 2), (64, 64, 4, 2)]
+        if case.D == 64:
+            shapes = [(64, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 3), (128, 64, 4, 3), (64, 128, 4, 3)]
+        for shape in shapes:
+            plan = prefilling.Plan(*shape)
+            variants[str(shape)] = ours(prefilling.prefill, plan)
+    return variants
+
+
+def error(out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> float:
+    """Relative error of the first and last head; out [1, Sq, H, D]."""
+    group = q.shape[1] // k.shape[1]
+    worst = 0.0
+    for h in (0, q.shape[1] - 1):
+        score = q[0, h].double() @ k[0, h // group].double().T * q.shape[-1] ** -0.5
+        exact = score.masked_fill_(~mask[0, 0], -torch.inf).softmax(-1) @ v[0, h // group].double()
+        worst = max(worst, ((out[0, :, h].double() - exact).norm() / exact.norm()).item())
+    return worst
+
+
+def time_graph(call: Callable, sets: list, mask: Tensor, seconds: float = 0.05) -> float:
+    for q, k, v in sets[:2]:
+        call(q, k, v, mask)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = [call(q, k, v, mask) for q, k, v in sets]
+    times = []
+    graph.replay()
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    while len(times) < 5 or (len(times) < 40 and time.perf_counter() - began < seconds):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1000 / len(sets))
+    del kept
+    return statistics.median(times)
+
+
+def host_time(call: Callable, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> float:
+    """Microseconds of Python per call, the device idle."""
+    times = []
+    for _ in range(30):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        call(q, k, v, mask)
+        times.append((time.perf_counter() - began) * 1e6)
+    return statistics.median(times)
+
+
+def read_bandwidth() -> float:
+    """Bytes per second of a 2 GiB sum."""
+    x = torch.ones(2**30, dtype=torch.bfloat16, device=DEVICE).view(torch.int32)
+    times = []
+    for _ in range(8):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        x.max()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return 2**31 / (statistics.median(times) * 1e-3)
+
+
+def cases(only: str | None) -> list[tuple[str, Case]]:
+    found = []
+    for H, Hkv, D in HEADS:
+        for live in (128, 512, 2048, 8192, 32768):
+            found.append(("decode", Case(H, Hkv, D, 1, live, live)))
+        for live, cache in ((128, 1024), (512, 4096), (2048, 32768)):
+            found.append(("decode", Case(H, Hkv, D, 1, cache, live)))
+        for live, cache in ((128, 128), (128, 1024), (512, 512), (509, 509), (2048, 2048), (2041, 4096), (8192, 8192)):
+            found.append(("prefill", Case(H, Hkv, D, live, cache, live)))
+    return [(kind, case) for kind, case in found if only in (None, kind)]
+
+
+def environment() -> dict:
+    import triton
+
+    run = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    driver = subprocess.run(
+        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return {
+        "gpu": torch.cuda.get_device_name(), "driver": driver.stdout.strip(), "torch": torch.__version__,
+        "triton": triton.__version__, "commit": run.stdout.strip(), "read_bytes_per_s": read_bandwidth(),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--only", choices=("decode", "prefill"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--shard", type=int, nargs=2)
+    args = parser.parse_args()
+    if args.shard:
+        todo = [(case, kind, name) for kind, case in cases(args.only)
+                for name in VARIANTS[kind](case, args.sweep)]  # fmt: skip
+        for case, kind, name in todo[args.shard[0] :: args.shard[1]]:
+            if case.Skv <= 8192 and "sdpa" not in name and name not in ("stock", "efficient", "cudnn"):
+                sets, mask = case.inputs()
+                VARIANTS[kind](case, args.sweep)[name](*sets[0], mask)
+        return
+    report = {"environment": environment(), "rows": []}
+    print(report["environment"], flush=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    gpu = torch.cuda.get_device_name().lower().replace("nvidia", "").split()[0]
+    path = args.out / f"attention-{gpu}.json"
+    for kind, case in cases(args.only):
+        sets, mask = case.inputs()
+        row = {"kind": kind, **vars(case), "sets": len(sets), "us": {}, "error": {}, "host_us": {}, "failed": {}}
+        for name, call in VARIANTS[kind](case, args.sweep).items():
+            try:
+                row["error"][name] = error(call(*sets[0], mask), *sets[0], mask)
+                row["us"][name] = time_graph(call, sets, mask)
+                if name in ("stock", "tinyfuse"):
+                    row["host_us"][name] = host_time(call, *sets[0], mask)
+            except RuntimeError as failure:
+                row["failed"][name] = str(failure).splitlines()[0]
+        report["rows"].append(row)
+        show(row, report["environment"]["read_bytes_per_s"])
+        path.write_text(json.dumps(report, indent=1))
+        del sets
+
+
+def show(row: dict, bandwidth: float) -> None:
+    us = row["us"]
+    floor = row["Hkv"] * row["live"] * row["D"] * 4 / bandwidth * 1e6
+    wrong = [n for n, e in row["error"].items() if not e <= 2 * row["error"]["stock"]]
+    fastest = sorted((t, n) for n, t in us.items() if n.startswith("("))[:3]
+    print(
+        f"{row['kind']} {row['H']}/{row['Hkv']}x{row['D']} Sq {row['Sq']} live {row['live']}/{row['Skv']}"
+        f" floor {floor:.1f}: " + ", ".join(f"{n} {t:.1f}" for n, t in us.items() if not n.startswith("(")),
+        f"| stock/ours {us['stock'] / us['tinyfuse']:.2f} | host {[round(t) for t in row['host_us'].values()]}"
+        f" | best {[(round(t, 1), n) for t, n in fastest]} | wrong {wrong} {row['failed'] or ''}",
+        flush=True,
+    )
+
+
+VARIANTS = {"decode": decode_variants, "prefill": prefill_variants}
+
+if __name__ == "__main__":
+    main()
