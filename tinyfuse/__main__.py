@@ -1,0 +1,3 @@
+from tinyfuse.cli import main
+
+raise SystemExit(main())

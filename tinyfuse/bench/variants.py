@@ -1,0 +1,120 @@
+"""The ways of running one model that are compared: stock transformers three times, tinyfuse, and int8 rivals."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tinyfuse.bench import UsageError
+
+
+@dataclass(frozen=True)
+class Variant:
+    """``quantize`` and ``optimize`` change a twin of the model in place (``optimize`` returns the model to use);
+    ``arguments`` takes the prompt length and gives what ``generate`` gets on top of the common arguments."""
+
+    name: str
+    quantize: Callable[[nn.Module], Any] | None = None
+    optimize: Callable[[nn.Module], nn.Module] | None = None
+    arguments: Callable[[int], dict[str, Any]] = lambda prompt: {}
+    package: str | None = None
+
+    @property
+    def stock(self) -> bool:
+        return self.name.startswith("stock-")
+
+    @property
+    def own_forward(self) -> bool:
+        """Whether the model's forward differs from stock, so that its quality has to be measured."""
+        return self.quantize is not None or self.optimize is not None
+
+
+def _static(prompt: int) -> dict[str, Any]:
+    return {"cache_implementation": "static", "compile_config": _compile_config()}
+
+
+def _compiled(prompt: int) -> dict[str, Any]:
+    """Inductor's best for one token at a time: without coordinate descent it picks no fused matrix-vector product.
+    A prefill chunk as long as the prompt makes ``generate`` compile the prefill too."""
+    options = {"coordinate_descent_tuning": True, "triton.cudagraphs": torch.cuda.is_available()}
+    config = _compile_config(mode=None, options=options)
+    return {"cache_implementation": "static", "compile_config": config, "prefill_chunk_size": prompt}
+
+
+def _compile_config(**settings: Any) -> Any:
+    from transformers import CompileConfig
+
+    config = CompileConfig(**settings)
+    config._compile_all_devices = True  # generate() compiles by itself on a GPU only
+    return config
+
+
+def _torchao(model: nn.Module) -> None:
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    quantize_(model, Int8WeightOnlyConfig())
+
+
+def _tinyfuse_int8(model: nn.Module) -> Any:
+    import tinyfuse
+
+    return tinyfuse.quantize_(model, "int8")
+
+
+def _tinyfuse(model: nn.Module) -> nn.Module:
+    import tinyfuse
+
+    return tinyfuse.optimize(model)
+
+
+VARIANTS = {
+    variant.name: variant
+    for variant in (
+        Variant("stock-eager"),
+        Variant("stock-static", arguments=_static),
+        Variant("stock-compile", arguments=_compiled),
+        Variant("tinyfuse", optimize=_tinyfuse),
+        Variant("tinyfuse-int8", quantize=_tinyfuse_int8, optimize=_tinyfuse),
+        Variant("torchao-int8", quantize=_torchao, arguments=_compiled, package="torchao"),
+    )
+}
+
+
+def choose(names: str | None) -> list[Variant]:
+    """The variants named in a comma-separated list; by default every one whose package is installed."""
+    if names is None:
+        return [v for v in VARIANTS.values() if v.package is None or importlib.util.find_spec(v.package)]
+    chosen = []
+    for name in dict.fromkeys(part.strip() for part in names.split(",")):
+        if name not in VARIANTS:
+            raise UsageError(f"unknown variant {name!r}: choose from {', '.join(VARIANTS)}")
+        package = VARIANTS[name].package
+        if package and importlib.util.find_spec(package) is None:
+            raise UsageError(f"variant {name} needs {package}: pip install {package}")
+        chosen.append(VARIANTS[name])
+    return chosen
+
+
+def runner(model: nn.Module, arguments: dict[str, Any]) -> Callable[[Tensor, int], Tensor]:
+    """``run(ids, n)``: greedily generate exactly ``n`` tokens for ``ids`` [batch, length]; returns them [batch, n]
+    once the device is done."""
+    pad = model.generation_config.pad_token_id
+
+    def run(ids: Tensor, n: int) -> Tensor:
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=n,
+            min_new_tokens=n,
+            do_sample=False,
+            pad_token_id=0 if pad is None else pad,
+            **arguments,
+        )
+        return out[:, ids.shape[1] :].cpu()
+
+    return run
