@@ -48,6 +48,16 @@ def merge(shape: tuple[int, ...], *strides: tuple[int, ...]) -> Rows | None:
     return Rows(count, len(dims), (sizes[1], sizes[2]), tuple(flat))
 
 
+@lru_cache(4096)
+def merge_columns(shape: tuple[int, ...], *strides: tuple[int, ...]) -> tuple[int, Rows]:
+    """(N, rows) of elementwise work: rows that follow each other in every tensor are one row of N columns."""
+    N, d = shape[-1], len(shape) - 1
+    while d and all(s[d - 1] == N for s in strides):
+        d -= 1
+        N *= shape[d]
+    return N, merge(shape[:d], *(s[:d] for s in strides))
+
+
 def unsupported(name: str, *tensors: Tensor) -> str | None:
     """Why ``tensors``, of one shape, cannot be read row by row, or None."""
     if _triton.missing:
@@ -95,6 +105,12 @@ def tile(N: int, many: bool) -> Tile:
     block = min(triton.next_power_of_2(N), MAX_BLOCK)
     rows = max(1, 2048 // block) if many else 1
     return Tile(block, rows, max(1, min(16, block * rows // 512)))
+
+
+def heads_per_program(H: int, D: int, tokens: int) -> int:
+    """All heads of a token up to 4096 elements, or four while tokens are too few to fill the device."""
+    most = max(1, 4096 // triton.next_power_of_2(D)) if tokens >= 128 else 4
+    return min(triton.next_power_of_2(H), most)
 
 
 @lru_cache(4096)

@@ -18,8 +18,8 @@ except ImportError as error:
     triton, tl = None, SimpleNamespace(constexpr=object)
     missing = f"Triton is not installed ({error}): pip install 'triton>=3.6'"
 
-    def jit(function):
-        return function
+    def jit(function=None, **_):
+        return function or jit
 
 
 def interpreted() -> bool:

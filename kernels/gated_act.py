@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinyfuse.kernels import _native
+from tinyfuse.kernels import _native, _rows
+from tinyfuse.kernels._triton import jit, options, pdl, tl
 from tinyfuse.op import Kernel, register
 
+BLOCK_N = 1024
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
@@ -26,6 +28,58 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 def reference(gate: Tensor, up: Tensor, act: str) -> Tensor:
     return (ACTIVATIONS[act](gate) * up).contiguous()
+
+
+# --- GPU ---
+
+
+@jit
+def activate(x, ACT: tl.constexpr):
+    """The activation named ACT of fp32 x."""
+    if ACT == "silu":
+        return x / (1.0 + tl.exp(-x))
+    elif ACT == "gelu":
+        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif ACT == "gelu_tanh":
+        # 1 + tanh(u) = 2 / (1 + exp(-2 u)), u = sqrt(2 / pi) (x + 0.044715 x^3)
+        return x / (1.0 + tl.exp(-1.5957691216057308 * x * (1.0 + 0.044715 * x * x)))
+    else:
+        tl.static_assert(ACT == "relu")
+        return tl.where(x < 0.0, 0.0, x)
+
+
+@jit(do_not_specialize=["per_row", "n1", "n2"])
+def _gated_act(
+    gate, up, y, N, per_row, n1, n2, g_0, g_1, g_2, u_0, u_1, u_2, y_0, y_1, y_2,
+    ACT: tl.constexpr, BLOCK_N: tl.constexpr, DIMS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Program r * per_row + i: block i of row r."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    row = tl.program_id(0) // per_row
+    col = (tl.program_id(0) % per_row).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    g = tl.load(gate + _rows.offset(row, n1, n2, g_0, g_1, g_2, DIMS) + col, mask=col < N, other=0.0)
+    u = tl.load(up + _rows.offset(row, n1, n2, u_0, u_1, u_2, DIMS) + col, mask=col < N, other=0.0)
+    out = activate(g.to(tl.float32), ACT).to(g.dtype).to(tl.float32) * u.to(tl.float32)
+    tl.store(y + _rows.offset(row, n1, n2, y_0, y_1, y_2, DIMS) + col, out, mask=col < N)
+
+
+def supports_triton(gate: Tensor, up: Tensor, act: str) -> str | None:
+    if act not in ACTIVATIONS:
+        return f"gated_act kernels know {', '.join(ACTIVATIONS)}, not {act}"
+    return _rows.unsupported("gated_act", gate, up)
+
+
+def run_triton(gate: Tensor, up: Tensor, act: str) -> Tensor:
+    y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    if y.numel():
+        N, rows = _rows.merge_columns(gate.shape, gate.stride(), up.stride(), y.stride())
+        per_row, ahead = -(-N // BLOCK_N), pdl(gate.device)
+        _gated_act[(rows.count * per_row,)](
+            gate, up, y, N, per_row, *rows.sizes, *rows.strides, act, BLOCK_N, rows.dims, ahead, **options(4, ahead)
+        )
+    return y
 
 
 # --- CPU ---
@@ -60,5 +114,8 @@ def run_native(gate: Tensor, up: Tensor, act: str) -> Tensor:
 OP = register(
     "gated_act(Tensor gate, Tensor up, str act) -> Tensor",
     reference=reference,
-    kernels=[Kernel("native", "cpu", supports_native, run_native)],
+    kernels=[
+        Kernel("triton", "cuda", supports_triton, run_triton),
+        Kernel("native", "cpu", supports_native, run_native),
+    ],
 )

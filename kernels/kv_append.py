@@ -8,13 +8,71 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tinyfuse.kernels import _native
+from tinyfuse.kernels import _native, _rows, _triton
+from tinyfuse.kernels._triton import jit, options, pdl, tl, triton
 from tinyfuse.op import Kernel, register
 
 
 def reference(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, pos: Tensor) -> None:
     keys.index_copy_(2, pos, k)
     values.index_copy_(2, pos, v)
+
+
+# --- GPU ---
+
+
+@jit
+def copy_heads(x, y, x_h, y_h, h, keep, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Copy heads ``h`` of one token from x to y, where ``keep``; both pointers are at that token."""
+    c = tl.arange(0, BLOCK_D)[None, :]
+    mask = keep[:, None] & (c < D)
+    h = h.to(tl.int64)[:, None]
+    tl.store(y + h * y_h + c, tl.load(x + h * x_h + c, mask=mask), mask=mask)
+
+
+@jit(do_not_specialize=["H", "S", "L"])
+def _kv_append(
+    keys, values, k, v, pos, H, S, L, pos_s,
+    keys_b, keys_h, keys_l, values_b, values_h, values_l, k_b, k_h, k_s, v_b, v_h, v_s,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_H: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Program (token, group of heads)."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    token = tl.program_id(0)
+    b = (token // S).to(tl.int64)
+    s = (token % S).to(tl.int64)
+    h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    at = tl.load(pos + s * pos_s)
+    keep = h < tl.where((at >= 0) & (at < L), H, 0)
+    copy_heads(k + b * k_b + s * k_s, keys + b * keys_b + at * keys_l, k_h, keys_h, h, keep, D, BLOCK_D)
+    copy_heads(v + b * v_b + s * v_s, values + b * values_b + at * values_l, v_h, values_h, h, keep, DV, BLOCK_DV)
+
+
+def supports_triton(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, pos: Tensor) -> str | None:
+    if _triton.missing:
+        return _triton.missing
+    if any(t.dtype not in _rows.FLOATS for t in (k, v)) or keys.dtype != k.dtype or values.dtype != v.dtype:
+        return f"cache kernels write {k.dtype} and {v.dtype} to caches of that dtype, not {keys.dtype}, {values.dtype}"
+    if any(t.dim() != 4 or t.stride(3) != 1 for t in (keys, values, k, v)):
+        return "the cache or its new entries are not [B, H, L, D] with a contiguous last dimension"
+    if pos.dtype != torch.int64 or pos.dim() != 1:
+        return f"positions are int64 [S], not {pos.dtype} of {pos.dim()} dimensions"
+    return None
+
+
+def run_triton(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, pos: Tensor) -> None:
+    (B, H, S, D), DV = k.shape, v.shape[3]
+    if not k.numel():
+        return
+    block_h, ahead = _rows.heads_per_program(H, max(D, DV), B * S), pdl(k.device)
+    _kv_append[(B * S, -(-H // block_h))](
+        keys, values, k, v, pos, H, S, keys.shape[2], pos.stride(0),
+        *keys.stride()[:3], *values.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        D, DV, triton.next_power_of_2(D), triton.next_power_of_2(DV), block_h, ahead, **options(4, ahead),
+    )  # fmt: skip
 
 
 # --- CPU ---
@@ -33,5 +91,8 @@ def run_native(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, pos: Tensor) 
 OP = register(
     "kv_append(Tensor(a!) keys, Tensor(b!) values, Tensor k, Tensor v, Tensor pos) -> ()",
     reference=reference,
-    kernels=[Kernel("native", "cpu", supports_native, run_native)],
+    kernels=[
+        Kernel("triton", "cuda", supports_triton, run_triton),
+        Kernel("native", "cpu", supports_native, run_native),
+    ],
 )

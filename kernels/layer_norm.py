@@ -35,7 +35,7 @@ def _scaled(value, scale, weight, bias, col, N: tl.constexpr):
     return out
 
 
-@jit
+@jit(do_not_specialize=["rows", "n1", "n2"])
 def _layer_norm(
     x, residual, weight, bias, total, y, rows, eps, n1, n2,
     x_0, x_1, x_2, r_0, r_1, r_2, t_0, t_1, t_2, y_0, y_1, y_2,

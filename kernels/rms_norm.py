@@ -50,7 +50,7 @@ def _scaled(
     return out.to(DTYPE)
 
 
-@jit
+@jit(do_not_specialize=["rows", "n1", "n2"])
 def _rms_norm(
     x, residual, weight, total, y, rows, eps, n1, n2,
     x_0, x_1, x_2, r_0, r_1, r_2, t_0, t_1, t_2, y_0, y_1, y_2,

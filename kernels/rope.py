@@ -11,10 +11,13 @@ result is rounded to x's dtype. y is laid out in memory as [B, S, H, D].
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
-from tinyfuse.kernels import _native
+from tinyfuse.kernels import _native, _rows, _triton
+from tinyfuse.kernels._triton import jit, options, pdl, tl, triton
 from tinyfuse.op import Kernel, register
 
 
@@ -35,6 +38,111 @@ def reference(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return out
 
 
+# --- GPU ---
+
+
+@jit
+def turn(
+    x, y, x_h, y_h, h, keep, cos, sin, cos_r, sin_r,
+    D: tl.constexpr, R: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_TAIL: tl.constexpr,
+):  # fmt: skip
+    """Rotate heads ``h`` of one token from x to y, where ``keep``; all pointers are at that token.
+
+    BLOCK_R and BLOCK_TAIL: powers of two that cover R / 2 and D - R (0 if none)."""
+    x += (h.to(tl.int64) * x_h)[:, None]
+    y += (h.to(tl.int64) * y_h)[:, None]
+    i = tl.arange(0, BLOCK_R)
+    if INTERLEAVED:
+        a = 2 * i
+        b = 2 * i + 1
+    else:
+        a = i
+        b = i + R // 2
+    inside = i < R // 2
+    cos_a = tl.load(cos + a * cos_r, mask=inside, other=0.0).to(tl.float32)[None, :]
+    cos_b = tl.load(cos + b * cos_r, mask=inside, other=0.0).to(tl.float32)[None, :]
+    sin_a = tl.load(sin + a * sin_r, mask=inside, other=0.0).to(tl.float32)[None, :]
+    sin_b = tl.load(sin + b * sin_r, mask=inside, other=0.0).to(tl.float32)[None, :]
+    mask = keep[:, None] & inside[None, :]
+    x_a = tl.load(x + a[None, :], mask=mask, other=0.0).to(tl.float32)
+    x_b = tl.load(x + b[None, :], mask=mask, other=0.0).to(tl.float32)
+    tl.store(y + a[None, :], x_a * cos_a - x_b * sin_a, mask=mask)
+    tl.store(y + b[None, :], x_b * cos_b + x_a * sin_b, mask=mask)
+    if BLOCK_TAIL:
+        c = R + tl.arange(0, BLOCK_TAIL)[None, :]
+        mask = keep[:, None] & (c < D)
+        tl.store(y + c, tl.load(x + c, mask=mask), mask=mask)
+
+
+@jit(do_not_specialize=["H", "S"])
+def _rope(
+    x, y, cos, sin, H, S, x_b, x_h, x_s, cos_b, cos_s, cos_r, sin_b, sin_s, sin_r,
+    D: tl.constexpr, R: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_TAIL: tl.constexpr,
+    BLOCK_H: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Program (token, group of heads)."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    token = tl.program_id(0)
+    b = (token // S).to(tl.int64)
+    s = (token % S).to(tl.int64)
+    h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    turn(
+        x + b * x_b + s * x_s, y + token.to(tl.int64) * (H * D), x_h, D, h, h < H,
+        cos + b * cos_b + s * cos_s, sin + b * sin_b + s * sin_s, cos_r, sin_r,
+        D, R, INTERLEAVED, BLOCK_R, BLOCK_TAIL,
+    )  # fmt: skip
+
+
+@lru_cache(4096)
+def blocks(D: int, R: int) -> tuple[int, int]:
+    """BLOCK_R and BLOCK_TAIL of :func:`turn`."""
+    return triton.next_power_of_2(R // 2), triton.next_power_of_2(D - R) if D > R else 0
+
+
+def table_strides(table: Tensor) -> tuple[int, int, int]:
+    """Strides of a cos or sin along B, S and R; 0 where it is broadcast."""
+    steps = [0 if n == 1 else step for n, step in zip(table.shape, table.stride(), strict=True)]
+    steps = [0] * (4 - len(steps)) + steps
+    return steps[0], steps[2], steps[3]
+
+
+def unsupported(x: Tensor, cos: Tensor, sin: Tensor) -> str | None:
+    """Why x cannot be rotated by cos and sin, or None."""
+    if _triton.missing:
+        return _triton.missing
+    if any(t.dtype not in _rows.FLOATS for t in (x, cos, sin)):
+        return f"rope kernels take bfloat16, float16 and float32, not {x.dtype} with {cos.dtype} and {sin.dtype}"
+    if x.dim() != 4 or x.stride(3) != 1:
+        return "the input of rope is not [B, H, S, D] with a contiguous last dimension"
+    width = cos.shape[-1]
+    if width % 2 or not 0 < width <= x.shape[3] or sin.shape != cos.shape:
+        return f"{width} is no even number of rotated channels up to head_dim {x.shape[3]} in both cos and sin"
+    if cos.dim() > 4 or (cos.dim() > 2 and cos.shape[-3] != 1):
+        return "cos and sin differ between heads"
+    broadcasts = cos.dim() > 1 and cos.shape[-2] in (1, x.shape[2])
+    if not broadcasts or (cos.dim() == 4 and cos.shape[0] not in (1, x.shape[0])):
+        return "cos and sin are not [B, 1, S, R]"
+    return None
+
+
+def supports_triton(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> str | None:
+    return unsupported(x, cos, sin)
+
+
+def run_triton(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    (B, H, S, D), R = x.shape, cos.shape[-1]
+    y = torch.empty((B, S, H, D), dtype=x.dtype, device=x.device)
+    if y.numel():
+        block_h, ahead = _rows.heads_per_program(H, D, B * S), pdl(x.device)
+        _rope[(B * S, -(-H // block_h))](
+            x, y, cos, sin, H, S, *x.stride()[:3], *table_strides(cos), *table_strides(sin),
+            D, R, interleaved, *blocks(D, R), block_h, ahead, **options(4, ahead),
+        )  # fmt: skip
+    return y.transpose(1, 2)
+
+
 # --- CPU ---
 
 
@@ -49,5 +157,8 @@ def run_native(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor
 OP = register(
     "rope(Tensor x, Tensor cos, Tensor sin, bool interleaved) -> Tensor",
     reference=reference,
-    kernels=[Kernel("native", "cpu", supports_native, run_native)],
+    kernels=[
+        Kernel("triton", "cuda", supports_triton, run_triton),
+        Kernel("native", "cpu", supports_native, run_native),
+    ],
 )

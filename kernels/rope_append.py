@@ -6,9 +6,13 @@ keys, values, pos as in ``kv_append``. Returns the rotated q, laid out in memory
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from tinyfuse.kernels import _native, kv_append, rope
+from tinyfuse.kernels import _native, _rows, kv_append, rope
+from tinyfuse.kernels._triton import jit, options, pdl, tl, triton
+from tinyfuse.kernels.kv_append import copy_heads
+from tinyfuse.kernels.rope import turn
 from tinyfuse.op import Kernel, register
 
 
@@ -18,6 +22,78 @@ def reference(
 ) -> Tensor:  # fmt: skip
     kv_append.reference(keys, values, rope.reference(k, cos, sin, interleaved), v, pos)
     return rope.reference(q, cos, sin, interleaved)
+
+
+# --- GPU ---
+
+
+@jit(do_not_specialize=["H", "KV_HEADS", "S", "L", "q_groups"])
+def _rope_append(
+    q, k, v, cos, sin, keys, values, pos, y, H, KV_HEADS, S, L, q_groups, pos_s,
+    q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, cos_b, cos_s, cos_r, sin_b, sin_s, sin_r,
+    keys_b, keys_h, keys_l, values_b, values_h, values_l,
+    D: tl.constexpr, DV: tl.constexpr, R: tl.constexpr, INTERLEAVED: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_TAIL: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_KV: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Program (token, group of heads): first the groups of query heads, then those of key and value heads."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    token = tl.program_id(0)
+    b = (token // S).to(tl.int64)
+    s = (token % S).to(tl.int64)
+    cos += b * cos_b + s * cos_s
+    sin += b * sin_b + s * sin_s
+    group = tl.program_id(1)
+    if group < q_groups:
+        h = group * BLOCK_H + tl.arange(0, BLOCK_H)
+        turn(
+            q + b * q_b + s * q_s, y + token.to(tl.int64) * (H * D), q_h, D, h, h < H, cos, sin, cos_r, sin_r,
+            D, R, INTERLEAVED, BLOCK_R, BLOCK_TAIL,
+        )  # fmt: skip
+    else:
+        h = (group - q_groups) * BLOCK_KV + tl.arange(0, BLOCK_KV)
+        at = tl.load(pos + s * pos_s)
+        keep = h < tl.where((at >= 0) & (at < L), KV_HEADS, 0)
+        turn(
+            k + b * k_b + s * k_s, keys + b * keys_b + at * keys_l, k_h, keys_h, h, keep, cos, sin, cos_r, sin_r,
+            D, R, INTERLEAVED, BLOCK_R, BLOCK_TAIL,
+        )  # fmt: skip
+        copy_heads(v + b * v_b + s * v_s, values + b * values_b + at * values_l, v_h, values_h, h, keep, DV, BLOCK_DV)
+
+
+def supports_triton(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, pos: Tensor,
+    interleaved: bool,
+) -> str | None:  # fmt: skip
+    return (
+        rope.unsupported(q, cos, sin)
+        or rope.unsupported(k, cos, sin)
+        or kv_append.supports_triton(keys, values, k, v, pos)
+    )
+
+
+def run_triton(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, pos: Tensor,
+    interleaved: bool,
+) -> Tensor:  # fmt: skip
+    (B, H, S, D), kv_heads, DV, R = q.shape, k.shape[1], v.shape[3], cos.shape[-1]
+    y = torch.empty((B, S, H, D), dtype=q.dtype, device=q.device)
+    if not y.numel():
+        return y.transpose(1, 2)
+    ahead = pdl(q.device)
+    block_h = _rows.heads_per_program(H, D, B * S)
+    block_kv = _rows.heads_per_program(kv_heads, max(D, DV), B * S)
+    q_groups = -(-H // block_h)
+    _rope_append[(B * S, q_groups + -(-kv_heads // block_kv))](
+        q, k, v, cos, sin, keys, values, pos, y, H, kv_heads, S, keys.shape[2], q_groups, pos.stride(0),
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *rope.table_strides(cos), *rope.table_strides(sin),
+        *keys.stride()[:3], *values.stride()[:3],
+        D, DV, R, interleaved, *rope.blocks(D, R), triton.next_power_of_2(DV), block_h, block_kv, ahead,
+        **options(4, ahead),
+    )  # fmt: skip
+    return y.transpose(1, 2)
 
 
 # --- CPU ---
@@ -45,5 +121,8 @@ OP = register(
     "rope_append(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values,"
     " Tensor pos, bool interleaved) -> Tensor",
     reference=reference,
-    kernels=[Kernel("native", "cpu", supports_native, run_native)],
+    kernels=[
+        Kernel("triton", "cuda", supports_triton, run_triton),
+        Kernel("native", "cpu", supports_native, run_native),
+    ],
 )
