@@ -42,6 +42,20 @@ def reference(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
 
 
 @jit
+def _pairs(x, at, mask):
+    """The even and the odd columns of the load, fp32."""
+    value = tl.load(x + at, mask=mask, other=0.0)
+    even, odd = tl.split(tl.reshape(value, [value.shape[0], value.shape[1] // 2, 2]))
+    return even.to(tl.float32), odd.to(tl.float32)
+
+
+@jit
+def _halves(x, a, b, mask):
+    """Columns a and b of x, fp32."""
+    return tl.load(x + a, mask=mask, other=0.0).to(tl.float32), tl.load(x + b, mask=mask, other=0.0).to(tl.float32)
+
+
+@jit
 def turn(
     x, y, x_h, y_h, h, keep, cos, sin, cos_r, sin_r,
     D: tl.constexpr, R: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_TAIL: tl.constexpr,
@@ -51,23 +65,24 @@ def turn(
     BLOCK_R and BLOCK_TAIL: powers of two that cover R / 2 and D - R (0 if none)."""
     x += (h.to(tl.int64) * x_h)[:, None]
     y += (h.to(tl.int64) * y_h)[:, None]
-    i = tl.arange(0, BLOCK_R)
     if INTERLEAVED:
-        a = 2 * i
-        b = 2 * i + 1
+        c = tl.arange(0, 2 * BLOCK_R)[None, :]
+        mask = keep[:, None] & (c < R)
+        cos_a, cos_b = _pairs(cos, c * cos_r, c < R)
+        sin_a, sin_b = _pairs(sin, c * sin_r, c < R)
+        x_a, x_b = _pairs(x, c, mask)
+        y_a = (x_a * cos_a - x_b * sin_a).to(y.dtype.element_ty)
+        y_b = (x_b * cos_b + x_a * sin_b).to(y.dtype.element_ty)
+        tl.store(y + c, tl.reshape(tl.join(y_a, y_b), [y_a.shape[0], 2 * BLOCK_R]), mask=mask)
     else:
-        a = i
-        b = i + R // 2
-    inside = i < R // 2
-    cos_a = tl.load(cos + a * cos_r, mask=inside, other=0.0).to(tl.float32)[None, :]
-    cos_b = tl.load(cos + b * cos_r, mask=inside, other=0.0).to(tl.float32)[None, :]
-    sin_a = tl.load(sin + a * sin_r, mask=inside, other=0.0).to(tl.float32)[None, :]
-    sin_b = tl.load(sin + b * sin_r, mask=inside, other=0.0).to(tl.float32)[None, :]
-    mask = keep[:, None] & inside[None, :]
-    x_a = tl.load(x + a[None, :], mask=mask, other=0.0).to(tl.float32)
-    x_b = tl.load(x + b[None, :], mask=mask, other=0.0).to(tl.float32)
-    tl.store(y + a[None, :], x_a * cos_a - x_b * sin_a, mask=mask)
-    tl.store(y + b[None, :], x_b * cos_b + x_a * sin_b, mask=mask)
+        a = tl.arange(0, BLOCK_R)[None, :]
+        b = a + R // 2
+        mask = keep[:, None] & (a < R // 2)
+        cos_a, cos_b = _halves(cos, a * cos_r, b * cos_r, a < R // 2)
+        sin_a, sin_b = _halves(sin, a * sin_r, b * sin_r, a < R // 2)
+        x_a, x_b = _halves(x, a, b, mask)
+        tl.store(y + a, x_a * cos_a - x_b * sin_a, mask=mask)
+        tl.store(y + b, x_b * cos_b + x_a * sin_b, mask=mask)
     if BLOCK_TAIL:
         c = R + tl.arange(0, BLOCK_TAIL)[None, :]
         mask = keep[:, None] & (c < D)

@@ -53,14 +53,16 @@ def _rope_append(
             D, R, INTERLEAVED, BLOCK_R, BLOCK_TAIL,
         )  # fmt: skip
     else:
-        h = (group - q_groups) * BLOCK_KV + tl.arange(0, BLOCK_KV)
+        kv_head = (group - q_groups) * BLOCK_KV + tl.arange(0, BLOCK_KV)
         at = tl.load(pos + s * pos_s)
-        keep = h < tl.where((at >= 0) & (at < L), KV_HEADS, 0)
+        keep = kv_head < tl.where((at >= 0) & (at < L), KV_HEADS, 0)
         turn(
-            k + b * k_b + s * k_s, keys + b * keys_b + at * keys_l, k_h, keys_h, h, keep, cos, sin, cos_r, sin_r,
+            k + b * k_b + s * k_s, keys + b * keys_b + at * keys_l, k_h, keys_h, kv_head, keep, cos, sin, cos_r, sin_r,
             D, R, INTERLEAVED, BLOCK_R, BLOCK_TAIL,
         )  # fmt: skip
-        copy_heads(v + b * v_b + s * v_s, values + b * values_b + at * values_l, v_h, values_h, h, keep, DV, BLOCK_DV)
+        copy_heads(
+            v + b * v_b + s * v_s, values + b * values_b + at * values_l, v_h, values_h, kv_head, keep, DV, BLOCK_DV
+        )
 
 
 def supports_triton(
