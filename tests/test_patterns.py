@@ -78,7 +78,7 @@ def _edit(roots: tuple[Expr, ...], target: Expr, change) -> tuple[Expr, ...]:
 @pytest.mark.parametrize("pattern", PATTERNS, ids=lambda p: p.name)
 def test_no_mutation_is_rewritten_into_something_else(pattern: Pattern) -> None:
     example, tried = example_of(pattern), 0
-    for roots in pattern.alternates()[:4]:
+    for roots in pattern.alternates()[:2]:
         for name, mutant in mutations(roots):
             try:
                 stock = Built(mutant, example)

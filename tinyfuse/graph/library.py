@@ -1,4 +1,4 @@
-"""The patterns: every :class:`Pattern` in every module of ``tinyfuse.patterns``."""
+"""The patterns: every :class:`Pattern`, alone or in a list, in every module of ``tinyfuse.patterns``."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ def all_patterns() -> tuple[Pattern, ...]:
     found: dict[str, Pattern] = {}
     for module in sorted(m.name for m in pkgutil.iter_modules(tinyfuse.patterns.__path__)):
         for value in vars(importlib.import_module(f"tinyfuse.patterns.{module}")).values():
-            if isinstance(value, Pattern) and found.setdefault(value.name, value) is not value:
-                raise ValueError(f"two patterns are named {value.name!r}: {found[value.name].source}, {value.source}")
+            for pattern in value if isinstance(value, list) else [value]:
+                if isinstance(pattern, Pattern) and found.setdefault(pattern.name, pattern) is not pattern:
+                    raise ValueError(f"two patterns are named {pattern.name!r}: {pattern.source}")
     return tuple(found.values())

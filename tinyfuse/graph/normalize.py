@@ -116,6 +116,9 @@ def _canonical_call(node: Node) -> None:
         target = _FUNCTIONS.get(node.target, node.target)
         if isinstance(target, torch._ops.OpOverloadPacket):
             target = target.default
+        if target is getattr and node.args[1] in ("T", "mT") and value(node).dim() == 2:
+            _become(node, torch.transpose, (node.args[0], 0, 1))
+            return
         if target is F.softmax:
             target = torch.softmax
     args = _positional(target, node)
@@ -128,6 +131,8 @@ def _positional(target: Callable, node: Node) -> tuple | None:
     args, kwargs = node.args, dict(node.kwargs)
     if target in _SHAPE_ARGS:
         shape = args[1:] or tuple(kwargs.pop("shape", kwargs.pop("size", ())))
+        if len(shape) == 1 and isinstance(shape[0], Node) and shape[0].target is torch.Size:
+            shape = shape[0].args
         shape = tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else tuple(shape)
         return None if kwargs or (node.target == "view" and not _is_size(shape)) else (args[0], shape)
     if target is torch.Tensor.contiguous:
@@ -149,6 +154,8 @@ def _positional(target: Callable, node: Node) -> tuple | None:
     filled = list(bound.values())
     for position in _DIM_ARGS.get(target, ()):
         filled[position] = _positive_dim(filled[position], filled[0])
+    if target is torch.transpose and all(isinstance(d, int) for d in filled[1:]):
+        filled[1:] = sorted(filled[1:])
     return tuple(filled)
 
 
