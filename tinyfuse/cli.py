@@ -207,14 +207,15 @@ def _console():
 
 
 class _Progress:
-    """A bar on stderr, gone when the work is done."""
+    """A bar on stderr where that is a terminal, gone when the work is done."""
 
     def __enter__(self) -> _Progress:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self.bar = Progress(*columns, console=Console(stderr=True), transient=True)
+        console = Console(stderr=True)
+        self.bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self.task = self.bar.add_task("starting", total=None, completed=-1)
         self.bar.start()
         return self

@@ -115,6 +115,9 @@ def runner(model: nn.Module, arguments: dict[str, Any]) -> Callable[[Tensor, int
             pad_token_id=0 if pad is None else pad,
             **arguments,
         )
-        return out[:, ids.shape[1] :].cpu()
+        tokens = out[:, ids.shape[1] :].cpu()
+        if tokens.shape[1] != n:
+            raise RuntimeError(f"generate() gave {tokens.shape[1]} tokens, not {n}")
+        return tokens
 
     return run
