@@ -93,13 +93,13 @@ def decode_variants(case: Case, sweep: bool) -> dict[str, Callable]:
     if case.live == case.Skv:
         variants["sdpa no mask"] = lambda q, k, v, mask: sdpa(q, k, v, None, gqa=case.Hkv != case.H)
         variants["tinyfuse no mask"] = ours(decoding.decode, masked=False)
-    if sweep and case.live in (512, 8192) and case.live == case.Skv:
-        vector, n = case.Hkv == case.H, 128 // case.D
-        shapes = [(1, 32, 4, 1), (1, 64, 4, 1), (1, 64, 8, 1), (1, 32, 2, 1), (1, 16, 2, 1), (16, 64, 4, 3)]
-        if not vector:
-            shapes = [(16, 64, 4, 3), (16, 64, 4, 2), (16, 32, 4, 3), (16, 64, 8, 3), (16, 32, 2, 3), (16, 64, 4, 1)]
+    if sweep and case.live in (512, 2048, 8192) and case.live == case.Skv:
+        n = 128 // case.D
+        shapes = [(16, 64, 4, 3), (16, 32, 2, 3), (16, 32, 2, 5), (16, 64, 4, 2)]
+        if case.H == case.Hkv:
+            shapes += [(1, 16, 2, 1), (1, 32, 4, 1), (1, 32, 2, 1), (1, 16, 1, 1)]
         for block_r, block_n, warps, stages in shapes:
-            for per_sm in (2, 4, 6):
+            for per_sm in (1, 2, 3, 4, 6, 8)[1 if case.H == case.Hkv else 0 :: 2]:
                 splits = max(1, min(per_sm * 132 // case.Hkv, case.Skv // (block_n * n), 128))
                 plan = decoding.Plan(block_r, block_n * n, splits, warps, stages)
                 variants[str(tuple(plan))] = ours(decoding.decode, plan)

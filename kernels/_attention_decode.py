@@ -87,17 +87,16 @@ def _decode(
     q, k, v, mask, out, partial, stats, scale, H, Sq, Skv, splits,
     q_b, q_h, q_m, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, mask_h, mask_m, mask_n,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, SCAN: tl.constexpr, STAGES: tl.constexpr,
+    ROW_BLOCKS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, SCAN: tl.constexpr, STAGES: tl.constexpr,
     KIND: tl.constexpr, BY_ROW: tl.constexpr, CAUSAL: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     split = tl.program_id(0)
-    kv_heads = H // GROUP
-    kv_head = (tl.program_id(1) % kv_heads).to(tl.int64)
-    first_row = (tl.program_id(1) // kv_heads) * BLOCK_R
-    b = tl.program_id(2).to(tl.int64)
+    kv_head = tl.program_id(1).to(tl.int64)
+    first_row = (tl.program_id(2) % ROW_BLOCKS) * BLOCK_R
+    b = (tl.program_id(2) // ROW_BLOCKS).to(tl.int64)
     r = first_row + tl.arange(0, BLOCK_R)
     rows_ok = r < GROUP * Sq
     head = kv_head * GROUP + r // Sq
@@ -132,16 +131,24 @@ def _decode(
                 hi = tl.maximum(hi, end)
 
     if BLOCK_R == 1:
-        # One running maximum and sum per key lane: no exchange between threads until the end.
+        # One running maximum and sum per key lane: no exchange between threads until the end. Keys and values
+        # are loaded one block ahead and the mask two, past the end too, where nothing is kept.
         wide = tl.sum(query.to(tl.float32), 0) * scale
         top = tl.full([BLOCK_N], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_N], tl.float32)
         acc = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-        for i in tl.range(lo, hi, num_stages=STAGES):
-            start = ((split + i * splits) * BLOCK_N).to(tl.int64)
-            keep, bias = _block_mask(mask_ptr, mask_n, start + tile, Skv, row, rows_ok, KIND, BY_ROW, CAUSAL)
-            key = tl.load(k_ptr + start * k_n, mask=keep[:, None] & (d < D)[None, :], other=0.0)
-            value = tl.load(v_ptr + start * v_n, mask=keep[:, None] & (e < DV)[None, :], other=0.0)
+        start = ((split + lo * splits) * BLOCK_N).to(tl.int64)
+        step = (splits * BLOCK_N).to(tl.int64)
+        keep, bias = _block_mask(mask_ptr, mask_n, start + tile, Skv, row, rows_ok, KIND, BY_ROW, CAUSAL)
+        key = tl.load(k_ptr + start * k_n, mask=keep[:, None] & (d < D)[None, :], other=0.0)
+        value = tl.load(v_ptr + start * v_n, mask=keep[:, None] & (e < DV)[None, :], other=0.0)
+        start += step
+        keep, next_bias = _block_mask(mask_ptr, mask_n, start + tile, Skv, row, rows_ok, KIND, BY_ROW, CAUSAL)
+        for _ in tl.range(lo, hi, num_stages=1):
+            next_key = tl.load(k_ptr + start * k_n, mask=keep[:, None] & (d < D)[None, :], other=0.0)
+            next_value = tl.load(v_ptr + start * v_n, mask=keep[:, None] & (e < DV)[None, :], other=0.0)
+            start += step
+            keep, bias_after = _block_mask(mask_ptr, mask_n, start + tile, Skv, row, rows_ok, KIND, BY_ROW, CAUSAL)
             score = tl.sum(key.to(tl.float32) * wide[None, :], 1) + tl.sum(bias, 0)
             higher = tl.maximum(top, score)
             shift = tl.where(higher == float("-inf"), 0.0, higher)
@@ -150,6 +157,7 @@ def _decode(
             total = total * decay + p
             acc = acc * decay[:, None] + p[:, None] * value.to(tl.float32)
             top = higher
+            key, value, bias, next_bias = next_key, next_value, next_bias, bias_after
         best = tl.max(top, 0)
         weight = tl.exp2(top - tl.where(best == float("-inf"), 0.0, best))
         total = tl.sum(total * weight, 0)[None]
@@ -215,13 +223,16 @@ def _multiprocessors(device: torch.device) -> int:
 @cache
 def plan(rows: int, programs: int, Skv: int, width: int, itemsize: int, device: torch.device) -> Plan:
     """rows: query rows that share a kv head; programs: batch times kv heads; width: the larger padded head_dim."""
-    block_r = 1 if rows == 1 else min(64, max(16, triton.next_power_of_2(rows)))
-    # One block of keys is 8 KiB in registers or, for tensor cores, 16 KiB in shared memory.
-    block_n = max(16, min(128, (8192 if block_r == 1 else 16384) // (width * itemsize)))
+    if rows == 1:
+        # 4 KiB of keys and of values in registers, another as much on the way.
+        block_r, block_n, per_sm, warps, stages = 1, 4096 // (width * itemsize), 6, 2, 1
+    else:
+        block_r = min(64, max(16, triton.next_power_of_2(rows)))
+        block_n, per_sm, warps, stages = min(64, 16384 // (width * itemsize)), 2, 4, 3
+    block_n = max(16, block_n)
     programs *= triton.cdiv(rows, block_r)
-    per_sm = 4 if block_r == 1 else 2
-    splits = min(triton.cdiv(Skv, block_n), max(1, per_sm * _multiprocessors(device) // programs), 128)
-    return Plan(block_r, block_n, max(splits, 1), 4, 1 if block_r == 1 else 3)
+    splits = min(triton.cdiv(Skv, block_n), per_sm * _multiprocessors(device) // programs, 128)
+    return Plan(block_r, block_n, max(splits, 1), warps, stages)
 
 
 def mask_strides(mask: Tensor | None) -> tuple[int, int, int, int]:
@@ -257,10 +268,11 @@ def decode(
     scan = min(triton.next_power_of_2(max(1, triton.cdiv(triton.cdiv(Skv, p.block_n), p.splits))), 2048 // p.block_n)
     ahead = pdl(q.device)
     options = {"num_warps": p.warps, "launch_pdl": True} if ahead else {"num_warps": p.warps}
-    _decode[(p.splits, kv_heads * triton.cdiv(group * Sq, p.block_r), B)](
+    row_blocks = triton.cdiv(group * Sq, p.block_r)
+    _decode[(p.splits, kv_heads, B * row_blocks)](
         q, k, v, mask, out, partial, stats, scale * 1.4426950408889634, H, Sq, Skv, p.splits,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *strides,
-        group, D, DV, block_d, block_dv, p.block_r, p.block_n, scan, p.stages,
+        group, D, DV, block_d, block_dv, row_blocks, p.block_r, p.block_n, scan, p.stages,
         kind, by_row, is_causal, split, ahead, **options,
     )  # fmt: skip
     if split:

@@ -1,8 +1,8 @@
 """Attention of many query rows (FlashAttention-2, Dao, 2023) that skips what a dense bool mask hides.
 
-A pass over the mask finds, for every block of query rows, the key blocks [lo, hi) outside which nothing is
-attended and the first run [full_lo, full_hi) of key blocks that are attended whole. The main kernel runs the
-full blocks without reading the mask, then the others with it. So a causal, sliding or padded mask given as a
+A pass over the mask marks every tile of it as empty, full or mixed. A program of the main kernel runs the first
+run of full tiles without reading the mask, then the tiles around it with the mask, up to the outermost that is
+not empty. So a causal, sliding or padded mask given as a
 dense tensor costs what the flag would. Layers share their mask, and the pass runs once per mask.
 """
 
@@ -28,51 +28,56 @@ class Plan(NamedTuple):
 
 
 class BlockMap(NamedTuple):
-    """spans int32 [Bm, Hm, blocks of rows, 4] of lo, hi, full_lo, full_hi; columns bool [Bm, Hm, blocks, Skv]:
-    the keys that some row of the block attends. Bm and Hm are 1 where the mask is broadcast."""
+    """What the rows of each block of queries attend: ``tiles`` int8 [Bm, Hm, blocks of rows, blocks of keys],
+    0 for nothing, 2 for everything, 1 for something between; ``columns`` bool [Bm, Hm, blocks of rows, Skv],
+    the keys that some row attends. Bm and Hm are 1 where the mask is broadcast."""
 
-    spans: Tensor
+    tiles: Tensor
     columns: Tensor
 
 
 @jit
 def _map(
-    mask, spans, columns, mask_b, mask_h, mask_m, mask_n, Sq, Skv,
+    mask, tiles, columns, mask_b, mask_h, mask_m, mask_n, heads, Sq, Skv,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
-    line = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * tl.num_programs(0) + block
-    m = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = tl.arange(0, TILES * BLOCK_N)
-    tile = tl.arange(0, TILES)
-    mask += tl.program_id(2).to(tl.int64) * mask_b + tl.program_id(1).to(tl.int64) * mask_h
+    line = tl.program_id(2).to(tl.int64) * tl.num_programs(0) + block
+    mask += (tl.program_id(2) // heads).to(tl.int64) * mask_b + (tl.program_id(2) % heads).to(tl.int64) * mask_h
+    mask += (block * BLOCK_M).to(tl.int64) * mask_m
+    row = tl.arange(0, BLOCK_M)
+    n = tl.program_id(1) * TILES * BLOCK_N + tl.arange(0, TILES * BLOCK_N)
+    rows = tl.minimum(Sq - block * BLOCK_M, BLOCK_M)
+    inside = (row < rows)[:, None] & (n < Skv)[None, :]
+    at = row[:, None] * mask_m + n.to(tl.int64)[None, :] * mask_n
+    count = tl.sum(tl.load(mask + at, mask=inside, other=0).to(tl.int32), 0)
+    tl.store(columns + line * Skv + n, count > 0, mask=n < Skv)
+    # Keys past the end count nothing, so the last block is full only if it is whole.
+    count = tl.reshape(count, [TILES, BLOCK_N])
+    some = tl.max(count, 1) > 0
+    every = tl.min(count, 1) == rows
+    tile = tl.program_id(1) * TILES + tl.arange(0, TILES)
     blocks = tl.cdiv(Skv, BLOCK_N)
+    tl.store(tiles + line * blocks + tile, some.to(tl.int8) + every.to(tl.int8), mask=tile < blocks)
+
+
+@jit
+def _spans(tiles, blocks, CHUNK: tl.constexpr):
+    """(lo, hi, full_lo, full_hi): something is attended in [lo, hi) only; [full_lo, full_hi) is the first run of
+    full blocks, empty at lo where there is none."""
     lo = blocks
     hi = 0
     full_lo = blocks
     full_hi = blocks
-    for first in range(0, blocks, TILES):
-        n = first * BLOCK_N + column
-        inside = (m < Sq)[:, None] & (n < Skv)[None, :]
-        at = m.to(tl.int64)[:, None] * mask_m + n.to(tl.int64)[None, :] * mask_n
-        true = tl.load(mask + at, mask=inside, other=0).to(tl.int32)
-        some = tl.max(true, 0)
-        # Rows past the end do not count; keys past the end make their block a partial one.
-        every = tl.min(tl.where((m < Sq)[:, None], true, 1), 0)
-        tl.store(columns + line * Skv + n, some > 0, mask=n < Skv)
-        i = first + tile
-        live = tl.max(tl.reshape(some, [TILES, BLOCK_N]), 1) > 0
-        whole = tl.min(tl.reshape(every, [TILES, BLOCK_N]), 1) > 0
-        lo = tl.minimum(lo, tl.min(tl.where(live, i, blocks)))
-        hi = tl.maximum(hi, tl.max(tl.where(live, i + 1, 0)))
-        full_lo = tl.minimum(full_lo, tl.min(tl.where(whole, i, blocks)))
-        full_hi = tl.minimum(full_hi, tl.min(tl.where((i > full_lo) & (whole == 0), i, blocks)))
-    # Without a full block both ends of the run are `lo`.
+    for first in range(0, blocks, CHUNK):
+        i = first + tl.arange(0, CHUNK)
+        kind = tl.load(tiles + i, mask=i < blocks, other=0).to(tl.int32)
+        lo = tl.minimum(lo, tl.min(tl.where(kind > 0, i, blocks)))
+        hi = tl.maximum(hi, tl.max(tl.where(kind > 0, i + 1, 0)))
+        full_lo = tl.minimum(full_lo, tl.min(tl.where(kind == 2, i, blocks)))
+        full_hi = tl.minimum(full_hi, tl.min(tl.where((i > full_lo) & (kind != 2), i, blocks)))
     none = full_lo == blocks
-    tl.store(spans + line * 4, lo)
-    tl.store(spans + line * 4 + 1, hi)
-    tl.store(spans + line * 4 + 2, tl.where(none, lo, full_lo))
-    tl.store(spans + line * 4 + 3, tl.where(none, lo, full_hi))
+    return lo, hi, tl.where(none, lo, full_lo), tl.where(none, lo, full_hi)
 
 
 @jit
@@ -89,7 +94,7 @@ def _load(ptr, keep, inner, MASKED: tl.constexpr, PADDED: tl.constexpr):
 
 @jit
 def _prefill(
-    q, k, v, mask, spans, columns, out, scale, Sq, Skv,
+    q, k, v, mask, tiles, columns, out, scale, Sq, Skv,
     q_b, q_h, q_m, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, mask_h, mask_m, mask_n, map_b, map_h,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, EDGE_STAGES: tl.constexpr,
@@ -120,10 +125,7 @@ def _prefill(
         full_hi = tl.minimum(full_hi, (block * BLOCK_M + 1) // BLOCK_N)
     if KIND == 1:
         line = b * map_b + head * map_h + block
-        lo = tl.load(spans + line * 4)
-        hi = tl.load(spans + line * 4 + 1)
-        full_lo = tl.load(spans + line * 4 + 2)
-        full_hi = tl.load(spans + line * 4 + 3)
+        lo, hi, full_lo, full_hi = _spans(tiles + line * hi, hi, 128)
         columns += line * Skv
     if KIND == 2:
         full_hi = 0
@@ -215,11 +217,14 @@ def _make_map(mask: Tensor, size: tuple[int, int, int, int], p: Plan) -> BlockMa
     B, H, Sq, Skv = size
     strides = mask_strides(mask)
     shape = (B if strides[0] else 1, H if strides[1] else 1, triton.cdiv(Sq, p.block_m))
-    spans = torch.empty((*shape, 4), dtype=torch.int32, device=mask.device)
+    blocks = triton.cdiv(Skv, p.block_n)
+    tiles = torch.empty((*shape, blocks), dtype=torch.int8, device=mask.device)
     columns = torch.empty((*shape, Skv), dtype=torch.bool, device=mask.device)
-    tiles = min(512 // p.block_n, triton.next_power_of_2(triton.cdiv(Skv, p.block_n)))
-    _map[shape[::-1]](mask, spans, columns, *strides, Sq, Skv, p.block_m, p.block_n, tiles, num_warps=8)
-    return BlockMap(spans, columns)
+    per_program = 256 // p.block_n
+    _map[(shape[2], triton.cdiv(blocks, per_program), shape[0] * shape[1])](
+        mask, tiles, columns, *strides, shape[1], Sq, Skv, p.block_m, p.block_n, per_program, num_warps=8
+    )
+    return BlockMap(tiles, columns)
 
 
 def prefill(
@@ -233,14 +238,15 @@ def prefill(
     block_d, block_dv = triton.next_power_of_2(D), triton.next_power_of_2(DV)
     p = chosen or plan(Sq, B * H, max(block_d, block_dv))
     kind = mask_kind(mask)
-    spans = columns = None
+    tiles = columns = None
     map_b = map_h = 0
     if mask is not None and mask.dtype == torch.bool:
-        spans, columns = block_map(mask, (B, H, Sq, Skv), p)
-        map_b, map_h = (0 if n == 1 else s // 4 for n, s in zip(spans.shape[:2], spans.stride()[:2], strict=True))
+        tiles, columns = block_map(mask, (B, H, Sq, Skv), p)
+        heads, blocks = tiles.shape[1:3]
+        map_b, map_h = 0 if tiles.shape[0] == 1 else heads * blocks, 0 if heads == 1 else blocks
     out = torch.empty((B, Sq, H, DV), dtype=q.dtype, device=q.device)
     _prefill[(triton.cdiv(Sq, p.block_m), H, B)](
-        q, k, v, mask, spans, columns, out, scale * 1.4426950408889634, Sq, Skv,
+        q, k, v, mask, tiles, columns, out, scale * 1.4426950408889634, Sq, Skv,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *mask_strides(mask), map_b, map_h,
         H // k.shape[1], D, DV, block_d, block_dv, p.block_m, p.block_n, p.stages, 2 if kind == 2 else 1,
         kind, is_causal, num_warps=p.warps,

@@ -88,18 +88,17 @@ def test_float_mask_of_minima_averages_as_sdpa_does():
     torch.testing.assert_close(out, reference(q, k, v, mask, 0.25, False))
 
 
-def test_map_finds_the_key_blocks_of_a_dense_mask():
-    size = (1, 1, 32, 64)
-    i, j = torch.arange(32)[:, None], torch.arange(64)
+def test_map_tells_empty_mixed_and_full_tiles_apart():
+    size = (1, 1, 20, 40)
+    i, j = torch.arange(20)[:, None], torch.arange(40)
     plan = _attention_prefill.Plan(16, 16, 4, 1)
-    for mask, spans in [
-        (j <= i, [[0, 1, 0, 0], [0, 2, 0, 1]]),
-        (j <= i + 40, [[0, 4, 0, 2], [0, 4, 0, 3]]),
-        ((j >= 16) & (j <= i + 40), [[1, 4, 1, 2], [1, 4, 1, 3]]),
-        (j < 0, [[4, 0, 4, 4], [4, 0, 4, 4]]),
+    for mask, tiles in [
+        (j <= i, [[1, 0, 0], [2, 1, 0]]),
+        (j < 40, [[2, 2, 1], [2, 2, 1]]),
+        ((j >= 16) & (j <= i + 15), [[0, 1, 0], [0, 2, 1]]),
+        (j < 0, [[0, 0, 0], [0, 0, 0]]),
     ]:
-        found = _attention_prefill.block_map(mask.expand(size), size, plan).spans[0, 0].tolist()
-        assert found == spans
+        assert _attention_prefill.block_map(mask.expand(size), size, plan).tiles[0, 0].tolist() == tiles
 
 
 def test_map_is_made_again_when_the_mask_changes():
@@ -109,4 +108,4 @@ def test_map_is_made_again_when_the_mask_changes():
     first = _attention_prefill.block_map(mask, size, plan)
     assert _attention_prefill.block_map(mask.view(size), size, plan) is first
     mask[..., 16:] = False
-    assert _attention_prefill.block_map(mask, size, plan).spans[..., 1].tolist() == [[[1, 1]]]
+    assert _attention_prefill.block_map(mask, size, plan).tiles.tolist() == [[[[2, 0, 0], [2, 0, 0]]]]
