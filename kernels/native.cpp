@@ -130,6 +130,18 @@ INLINE float sum(F8 v) {
   return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
 #endif
 }
+// out[i] = the sum of v[i]'s lanes.
+template <int N> INLINE void sum_rows(const F8* v, float* out) {
+  int i = 0;
+#if defined(__AVX2__)
+  for (; i + 4 <= N; i += 4) {
+    __m256 low = _mm256_hadd_ps((__m256)v[i], (__m256)v[i + 1]), high = _mm256_hadd_ps((__m256)v[i + 2], (__m256)v[i + 3]);
+    __m256 all = _mm256_hadd_ps(low, high);
+    _mm_storeu_ps(out + i, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+  }
+#endif
+  for (; i < N; i++) out[i] = sum(v[i]);
+}
 INLINE float maximum(F8 v) {
   float m = v[0];
   for (int i = 1; i < 8; i++) m = m < v[i] ? v[i] : m;
@@ -203,7 +215,7 @@ struct Team {
       return;
     }
     for (int spins = 0; shared->phase.load(std::memory_order_acquire) == phase; spins++) {
-      if (spins > 20000) sched_yield();
+      if (spins > 2000) sched_yield();
 #if defined(__x86_64__) || defined(__i386__)
       _mm_pause();
 #elif defined(__aarch64__)
@@ -276,90 +288,156 @@ INLINE I8 multiply_add(I8 acc, S16 a, S16 b) {
 }
 #endif
 
-// Rows of x as int16 digits with one fp32 scale per block of DIGITS columns. A lane of the int32 sums takes
+constexpr i64 MOST = 8;  // rows of x that a weight row meets while it is in registers
+
+// A dot product takes x in one of three forms. The rows of x come in blocks of MB = MOST (the last block has fewer),
+// and a block holds its rows' vectors of V columns side by side, [padded K / V][MB][V], so that it is read in order.
+template <int V> INLINE i64 place(i64 k, i64 m, i64 mb) { return (k / V * mb + m) * V + k % V; }
+
+// int16 digits with one fp32 scale per row and block of DIGITS columns. A lane of the int32 sums takes
 // DIGITS / 8 products of at most 128 * 32767: 32 * 4194176 = 134213632 < 2^31.
 constexpr i64 DIGITS = 256;
-
 struct Fixed {
-  typedef int16_t X;
+  static constexpr int V = 16;
   const int16_t* x;
+  i64 padded;
   const float* scales;
-  i64 ldx, blocks;
+  i64 blocks;
 };
+// fp32 in order.
 struct Wide {
-  typedef float X;
+  static constexpr int V = 8;
   const float* x;
-  i64 ldx;
+  i64 padded;
+};
+// fp32, in each full run of 16 the even columns first: bf16 weights widen in pairs by one shift and one mask.
+struct Paired {
+  static constexpr int V = 16;
+  const float* x;
+  i64 padded;
 };
 
-// out[m * ldo + n] = sum_k x[m][k] w[n][k] for MB rows of x and NB rows of w.
-template <int MB, int NB>
-INLINE void dot(const Fixed& in, i64 m0, const int8_t* w, i64 ldw, i64 K, float* out, i64 ldo) {
-  F8 total[MB][NB] = {};
-  const int16_t* x = in.x + m0 * in.ldx;
-  for (i64 k0 = 0, block = 0; k0 < K; k0 += DIGITS, block++) {
-    I8 acc[MB][NB] = {};
-    i64 end = std::min(k0 + DIGITS, K), k = k0;
-    for (; k + 16 <= end; k += 16) {
-      S16 wv[NB];
-      for (int n = 0; n < NB; n++) wv[n] = load16s(w + n * ldw + k);
-      for (int m = 0; m < MB; m++) {
-        S16 xv = load<S16>(x + m * in.ldx + k);
-        for (int n = 0; n < NB; n++) acc[m][n] = multiply_add(acc[m][n], xv, wv[n]);
-      }
-    }
-    if (k < end) {  // the digits are padded with zeros, the weights are not
-      for (int n = 0; n < NB; n++) {
-        int8_t lanes[16] = {};
-        std::memcpy(lanes, w + n * ldw + k, end - k);
-        for (int m = 0; m < MB; m++)
-          acc[m][n] = multiply_add(acc[m][n], load<S16>(x + m * in.ldx + k), load16s(lanes));
-      }
-    }
-    for (int m = 0; m < MB; m++)
-      for (int n = 0; n < NB; n++)
-        total[m][n] += __builtin_convertvector(acc[m][n], F8) * in.scales[(m0 + m) * in.blocks + block];
-  }
-  for (int m = 0; m < MB; m++)
-    for (int n = 0; n < NB; n++) out[m * ldo + n] = sum(total[m][n]);
+INLINE float get(const float* p, i64 i) { return p[i]; }
+INLINE float get(const int8_t* p, i64 i) { return p[i]; }
+INLINE float get(const bf16* p, i64 i) {
+  uint32_t bits = (uint32_t)p[i].bits << 16;
+  float v;
+  std::memcpy(&v, &bits, 4);
+  return v;
 }
+INLINE float get(const f16* p, i64 i) { return half_to_float(p[i].bits); }
 
-template <int MB, int NB, class W>
-INLINE void dot(const Wide& in, i64 m0, const W* w, i64 ldw, i64 K, float* out, i64 ldo) {
-  F8 acc[MB][NB] = {};
-  const float* x = in.x + m0 * in.ldx;
-  i64 k = 0;
-  for (; k + 8 <= K; k += 8) {
-    F8 wv[NB];
-    for (int n = 0; n < NB; n++) wv[n] = load8(w + n * ldw + k);
+// lanes[m] gets the lanes of x[m0 + m] . w over columns [k, end), of which a tail shorter than a vector is left to
+// the caller: returns where it starts. k is a multiple of DIGITS.
+// One weight row at a time: memory is then read in order, which the hardware prefetcher follows (four rows side
+// by side measured half the bandwidth at K = 576). Few rows of x keep SPLIT sums each, to hide the latency of adding.
+template <int MB> constexpr int SPLIT = MB == 1 ? 4 : MB == 2 ? 2 : 1;
+
+template <int MB> INLINE i64 dot(F8 (&lanes)[MB], const Fixed& in, i64 m0, const int8_t* w, i64 k, i64 K) {
+  constexpr int S = SPLIT<MB>;
+  const int16_t* x = in.x + m0 * in.padded;
+  i64 whole = K / 16 * 16;
+  while (k < whole) {
+    const float* scales = in.scales + m0 * in.blocks + k / DIGITS;
+    I8 acc[MB][S] = {};
+    i64 end = std::min(k + DIGITS, whole);
+    for (; k + 16 * S <= end; k += 16 * S)
+      for (int s = 0; s < S; s++) {
+        S16 wv = load16s(w + k + 16 * s);
+        for (int m = 0; m < MB; m++) acc[m][s] = multiply_add(acc[m][s], load<S16>(x + (k + 16 * s) * MB + m * 16), wv);
+      }
+    for (; k < end; k += 16) {
+      S16 wv = load16s(w + k);
+      for (int m = 0; m < MB; m++) acc[m][0] = multiply_add(acc[m][0], load<S16>(x + k * MB + m * 16), wv);
+    }
     for (int m = 0; m < MB; m++) {
-      F8 xv = load8(x + m * in.ldx + k);
-      for (int n = 0; n < NB; n++) acc[m][n] += xv * wv[n];
+      for (int s = 1; s < S; s++) acc[m][0] += acc[m][s];
+      lanes[m] += __builtin_convertvector(acc[m][0], F8) * scales[m * in.blocks];
     }
   }
-  if (k < K)
-    for (int n = 0; n < NB; n++) {
-      F8 wv = load_tail(w + n * ldw + k, K - k);
-      for (int m = 0; m < MB; m++) acc[m][n] += load_tail(x + m * in.ldx + k, K - k) * wv;
-    }
-  for (int m = 0; m < MB; m++)
-    for (int n = 0; n < NB; n++) out[m * ldo + n] = sum(acc[m][n]);
+  return k;
 }
 
+template <int MB, class W> INLINE i64 dot(F8 (&lanes)[MB], const Wide& in, i64 m0, const W* w, i64 k, i64 K) {
+  constexpr int S = SPLIT<MB>;
+  const float* x = in.x + m0 * in.padded;
+  F8 acc[MB][S] = {};
+  for (; k + 8 * S <= K; k += 8 * S)
+    for (int s = 0; s < S; s++) {
+      F8 wv = load8(w + k + 8 * s);
+      for (int m = 0; m < MB; m++) acc[m][s] += load8(x + (k + 8 * s) * MB + m * 8) * wv;
+    }
+  for (; k + 8 <= K; k += 8) {
+    F8 wv = load8(w + k);
+    for (int m = 0; m < MB; m++) acc[m][0] += load8(x + k * MB + m * 8) * wv;
+  }
+  for (int m = 0; m < MB; m++) {
+    lanes[m] = acc[m][0];
+    for (int s = 1; s < S; s++) lanes[m] += acc[m][s];
+  }
+  return k;
+}
+
+template <int MB> INLINE i64 dot(F8 (&lanes)[MB], const Paired& in, i64 m0, const bf16* w, i64 k, i64 K) {
+  constexpr int S = MB <= 4 ? 2 : 1;
+  const float* x = in.x + m0 * in.padded;
+  F8 acc[MB][S] = {};
+  for (; k + 16 <= K; k += 16) {
+    U8 pairs = load<U8>(w + k);
+    F8 even = (F8)(pairs << 16), odd = (F8)(pairs & 0xffff0000u);
+    for (int m = 0; m < MB; m++) {
+      acc[m][0] += load8(x + k * MB + m * 16) * even;
+      acc[m][S - 1] += load8(x + k * MB + m * 16 + 8) * odd;
+    }
+  }
+  for (int m = 0; m < MB; m++) lanes[m] = S == 2 ? acc[m][0] + acc[m][1] : acc[m][0];
+  return k;
+}
+
+// Column k of row m of a block, its scale included.
+template <int MB> INLINE float column(const Fixed& in, i64 m0, i64 m, i64 k) {
+  return in.x[m0 * in.padded + place<16>(k, m, MB)] * in.scales[(m0 + m) * in.blocks + k / DIGITS];
+}
+template <int MB, class In> INLINE float column(const In& in, i64 m0, i64 m, i64 k) {
+  return in.x[m0 * in.padded + place<In::V>(k, m, MB)];
+}
+
+// out[m * ldo + n] = x[m0 + m] . w[n] for MB rows of x and `rows` rows of w. Several rows of x are taken 16 KB of
+// columns at a time, which stay in the first-level cache while all weight rows pass; where that cuts the weight rows
+// into pieces, the hardware cannot foresee them and two rows ahead are asked for.
 template <int MB, class In, class W>
 void dot_rows(const In& in, i64 m0, const W* w, i64 ldw, i64 K, i64 rows, float* out, i64 ldo) {
-  constexpr int NB = MB <= 2 ? 4 : 2;
-  i64 n = 0;
-  for (; n + NB <= rows; n += NB) dot<MB, NB>(in, m0, w + n * ldw, ldw, K, out + n, ldo);
-  for (; n < rows; n++) dot<MB, 1>(in, m0, w + n * ldw, ldw, K, out + n, ldo);
+  constexpr i64 BLOCK = 16384 / (MB * sizeof(*in.x)) / DIGITS * DIGITS;
+  for (i64 k = 0; k < K; k += BLOCK) {
+    i64 end = MB == 1 ? K : std::min(k + BLOCK, K);
+    for (i64 n = 0; n < rows; n++) {
+      if (MB > 1)
+        for (const W* next = w + (n + 2) * ldw + k; next < w + (n + 2) * ldw + end; next += 64 / sizeof(W))
+          __builtin_prefetch(next);
+      F8 lanes[MB] = {};
+      i64 done = dot<MB>(lanes, in, m0, w + n * ldw, k, end);
+      float sums[MB];
+      sum_rows<MB>(lanes, sums);
+      for (i64 i = done; i < end; i++)
+        for (int m = 0; m < MB; m++) sums[m] += column<MB>(in, m0, m, i) * get(w + n * ldw, i);
+      for (int m = 0; m < MB; m++) out[m * ldo + n] = k == 0 ? sums[m] : out[m * ldo + n] + sums[m];
+    }
+    if (MB == 1) break;
+  }
 }
 
 template <class In, class W>
 void dot_block(const In& in, i64 m0, i64 mb, const W* w, i64 ldw, i64 K, i64 rows, float* out, i64 ldo) {
-  if (mb == 1) dot_rows<1>(in, m0, w, ldw, K, rows, out, ldo);
-  else if (mb == 2) dot_rows<2>(in, m0, w, ldw, K, rows, out, ldo);
-  else if (mb == 3) dot_rows<3>(in, m0, w, ldw, K, rows, out, ldo);
-  else dot_rows<4>(in, m0, w, ldw, K, rows, out, ldo);
+  switch (mb) {
+    case 1: return dot_rows<1>(in, m0, w, ldw, K, rows, out, ldo);
+    case 2: return dot_rows<2>(in, m0, w, ldw, K, rows, out, ldo);
+    case 3: return dot_rows<3>(in, m0, w, ldw, K, rows, out, ldo);
+    case 4: return dot_rows<4>(in, m0, w, ldw, K, rows, out, ldo);
+    case 5: return dot_rows<5>(in, m0, w, ldw, K, rows, out, ldo);
+    case 6: return dot_rows<6>(in, m0, w, ldw, K, rows, out, ldo);
+    case 7: return dot_rows<7>(in, m0, w, ldw, K, rows, out, ldo);
+    default: return dot_rows<8>(in, m0, w, ldw, K, rows, out, ldo);
+  }
 }
 
 // ---------------------------------------------------------------- linear
@@ -388,13 +466,20 @@ struct LinearWork {
   std::atomic<int>* unfit;  // a row that digits cannot carry (Inf, NaN, a magnitude without an inverse)
 };
 
-template <class X> void widen_row(const X* x, i64 K, float* wide) {
+// Row m of x into its block of fp32, in order (V = 8) or with the even columns of 16 first (V = 16).
+template <int V, class X> void widen_row(const X* x, i64 K, float* block, i64 m, i64 mb) {
   i64 k = 0;
-  for (; k + 8 <= K; k += 8) store8(wide + k, load8(x + k));
-  if (k < K) store_tail(wide + k, load_tail(x + k, K - k), K - k);
+  for (; V == 16 && k + 16 <= K; k += 16) {
+    U8 pairs = load<U8>(x + k);
+    store8(block + place<V>(k, m, mb), (F8)(pairs << 16));
+    store8(block + place<V>(k, m, mb) + 8, (F8)(pairs & 0xffff0000u));
+  }
+  for (; k + 8 <= K; k += 8) store8(block + place<V>(k, m, mb), load8(x + k));
+  if (k < K) store_tail(block + place<V>(k, m, mb), load_tail(x + k, K - k), K - k);
 }
 
-template <class X> bool digits_row(const X* x, i64 K, int16_t* digits, float* scales) {
+// Row m of x into its block of digits; false where digits cannot carry it (Inf, NaN, a scale without an inverse).
+template <class X> bool digits_row(const X* x, i64 K, int16_t* block, float* scales, i64 m, i64 mb) {
   for (i64 k0 = 0; k0 < K; k0 += DIGITS, scales++) {
     i64 end = std::min(k0 + DIGITS, K);
     F8 top = {};
@@ -410,9 +495,8 @@ template <class X> bool digits_row(const X* x, i64 K, int16_t* digits, float* sc
     for (i64 k = k0; k < end; k += 8) {
       F8 shifted = load_some(x + k, end - k) * inverse + 12582912.0f;
       S8 d = __builtin_convertvector((I8)shifted - 0x4b400000, S8);
-      std::memcpy(digits + k, &d, sizeof d);
+      std::memcpy(block + place<16>(k, m, mb), &d, sizeof d);
     }
-    for (i64 k = end + (-(end - k0) & 7); k < k0 + ceil_div(end - k0, 16) * 16; k++) digits[k] = 0;
   }
   return true;
 }
@@ -441,9 +525,9 @@ constexpr i64 CHUNK_BYTES = 32768;
 
 template <class In, class W>
 void linear_chunk(const LinearArgs& a, const In& in, const Part& p, const Part* up, i64 n0, i64 rows) {
-  alignas(32) float out[4 * CHUNK], out_up[4 * CHUNK];
-  for (i64 m0 = 0; m0 < a.M; m0 += 4) {
-    i64 mb = std::min<i64>(4, a.M - m0);
+  alignas(32) float out[MOST * CHUNK], out_up[MOST * CHUNK];
+  for (i64 m0 = 0; m0 < a.M; m0 += MOST) {
+    i64 mb = std::min(MOST, a.M - m0);
     dot_block(in, m0, mb, (const W*)p.weight + n0 * p.ldw, p.ldw, a.K, rows, out, CHUNK);
     if (up) dot_block(in, m0, mb, (const W*)up->weight + n0 * up->ldw, up->ldw, a.K, rows, out_up, CHUNK);
     for (i64 m = 0; m < mb; m++) {
@@ -459,7 +543,8 @@ template <class In, class W> void linear_chunks(const LinearArgs& a, const In& i
   bool gated = a.act != NO_ACT;
   i64 count = gated ? 1 : a.count;
   i64 row_bytes = a.K * (i64)sizeof(W) * (gated ? 2 : 1);
-  i64 step = std::max<i64>(4, std::min<i64>(CHUNK, CHUNK_BYTES / std::max<i64>(1, row_bytes) / 4 * 4));
+  i64 fewest = a.M == 1 ? 4 : 32;
+  i64 step = std::max(fewest, std::min(CHUNK, CHUNK_BYTES / row_bytes / 4 * 4));
   i64 part = 0, first = 0;  // `first`: the number of the part's first chunk
   for (i64 chunk = team.claim(); part < count; chunk = team.claim()) {
     while (part < count && chunk - first >= ceil_div(a.parts[part].N, step)) first += ceil_div(a.parts[part++].N, step);
@@ -474,13 +559,20 @@ template <class X> void linear_prepare(const LinearWork& w, Team& team) {
   const LinearArgs& a = *w.args;
   const X* x = (const X*)a.x;
   if (w.digits) {
-    for (i64 m = team.id; m < a.M; m += team.size)
-      if (!digits_row(x + m * a.K, a.K, w.digits + m * w.padded, w.scales + m * w.blocks))
+    for (i64 m = team.id; m < a.M; m += team.size) {
+      i64 m0 = m / MOST * MOST, mb = std::min(MOST, a.M - m0);
+      if (!digits_row(x + m * a.K, a.K, w.digits + m0 * w.padded, w.scales + m * w.blocks, m - m0, mb))
         w.unfit->store(1, std::memory_order_relaxed);
+    }
     team.barrier();
     if (!w.unfit->load(std::memory_order_relaxed)) return;
   }
-  for (i64 m = team.id; m < a.M; m += team.size) widen_row(x + m * a.K, a.K, w.wide + m * a.K);
+  for (i64 m = team.id; m < a.M; m += team.size) {
+    i64 m0 = m / MOST * MOST, mb = std::min(MOST, a.M - m0);
+    float* block = w.wide + m0 * w.padded;
+    if (sizeof(X) == 2 && a.wtype == BF16) widen_row<sizeof(X) == 2 ? 16 : 8>(x + m * a.K, a.K, block, m - m0, mb);
+    else widen_row<8>(x + m * a.K, a.K, block, m - m0, mb);
+  }
   team.barrier();
 }
 
@@ -488,12 +580,13 @@ void linear_body(const LinearWork& w, Team& team) {
   const LinearArgs& a = *w.args;
   if (a.xtype == BF16) linear_prepare<bf16>(w, team);
   else if (a.xtype == F16) linear_prepare<f16>(w, team);
-  Wide wide{w.wide ? w.wide : (const float*)a.x, a.K};
+  else if (w.wide) linear_prepare<float>(w, team);
+  Wide wide{w.wide ? w.wide : (const float*)a.x, w.padded};
   if (a.wtype == INT8) {
     if (w.digits && !w.unfit->load(std::memory_order_relaxed))
-      linear_chunks<Fixed, int8_t>(a, Fixed{w.digits, w.scales, w.padded, w.blocks}, team);
+      linear_chunks<Fixed, int8_t>(a, Fixed{w.digits, w.padded, w.scales, w.blocks}, team);
     else linear_chunks<Wide, int8_t>(a, wide, team);
-  } else if (a.wtype == BF16) linear_chunks<Wide, bf16>(a, wide, team);
+  } else if (a.wtype == BF16) linear_chunks<Paired, bf16>(a, Paired{w.wide, w.padded}, team);
   else if (a.wtype == F16) linear_chunks<Wide, f16>(a, wide, team);
   else linear_chunks<Wide, float>(a, wide, team);
 }
@@ -503,16 +596,16 @@ i64 element_size(i64 type) { return type == F32 ? 4 : type == BF16 || type == F1
 }  // namespace
 
 extern "C" int tf_linear(const LinearArgs* a) {
-  LinearWork w{a, nullptr, nullptr, nullptr, ceil_div(a->K, 16) * 16, ceil_div(a->K, DIGITS), nullptr};
   std::atomic<int> unfit{0};
-  w.unfit = &unfit;
-  if (a->xtype != F32) {
-    size_t digits = a->wtype == INT8 ? (size_t)(a->M * w.padded * 2 + 63) / 64 * 64 : 0;
-    size_t scales = a->wtype == INT8 ? (size_t)(a->M * w.blocks * 4 + 63) / 64 * 64 : 0;
-    char* data = scratch.need(digits + scales + (size_t)(a->M * a->K) * 4);
+  LinearWork w{a, nullptr, nullptr, nullptr, ceil_div(a->K, 16) * 16, ceil_div(a->K, DIGITS), &unfit};
+  bool fixed = a->wtype == INT8 && a->xtype != F32;
+  if (a->xtype != F32 || a->M > 1) {
+    size_t digits = fixed ? (size_t)(a->M * w.padded * 2 + 63) / 64 * 64 : 0;
+    size_t scales = fixed ? (size_t)(a->M * w.blocks * 4 + 63) / 64 * 64 : 0;
+    char* data = scratch.need(digits + scales + (size_t)(a->M * w.padded) * 4);
     if (!data) return NO_MEMORY;
     w.wide = (float*)(data + digits + scales);
-    if (digits) w.digits = (int16_t*)data, w.scales = (float*)(data + digits);
+    if (fixed) w.digits = (int16_t*)data, w.scales = (float*)(data + digits);
   }
   i64 bytes = 0;
   for (i64 i = 0; i < a->count; i++) bytes += a->parts[i].N * a->K * element_size(a->wtype);
@@ -669,15 +762,6 @@ struct RopeArgs {
 };
 
 namespace {
-
-INLINE float get(const float* p, i64 i) { return p[i]; }
-INLINE float get(const bf16* p, i64 i) {
-  uint32_t bits = (uint32_t)p[i].bits << 16;
-  float v;
-  std::memcpy(&v, &bits, 4);
-  return v;
-}
-INLINE float get(const f16* p, i64 i) { return half_to_float(p[i].bits); }
 
 // a * cos + b * sin with the roundings that eager code makes in dtype P.
 template <class P> INLINE F8 turn(F8 a, F8 b, F8 cos, F8 sin) {
