@@ -74,9 +74,7 @@ def unsupported_cache(model: torch.nn.Module, prepared: Any) -> str | None:
 def _static_cache(model: torch.nn.Module, length: int, plain: bool = True) -> StaticCache:
     cache = StaticCache(model.config, max_cache_len=length)
     if plain:
-        cache.layers = [
-            StaticLayer(length) if isinstance(layer, StaticLayer) else layer for layer in cache.layers
-        ]
+        cache.layers = [StaticLayer(length) if isinstance(layer, StaticLayer) else layer for layer in cache.layers]
     return cache
 
 
@@ -86,15 +84,24 @@ class CachePool:
     def __init__(self, model: torch.nn.Module, forward: Callable[..., Any]) -> None:
         self.model, self.forward = model, forward
         self.slots: OrderedDict[tuple[int, int], Slot] = OrderedDict()
-        self.model_state: tuple[torch.device, torch.dtype] | None = None
+        self.state: tuple[torch.device, torch.dtype] | None = None
+        self.unusable: str | None = None
         self.shapes: list[tuple[Tensor, Tensor] | None] = []
+
+    def learn(self) -> str | None:
+        """Find out what the model writes to a static cache; the reason if it cannot use one."""
+        state = (self.model.device, self.model.dtype)
+        if state != self.state:
+            self.slots.clear()
+            self.state, self.unusable = state, None
+            try:
+                self.shapes = _probe(self.model, self.forward)
+            except Exception as error:
+                self.unusable = f"the model does not run with a static cache: {type(error).__name__}: {error}"
+        return self.unusable
 
     def acquire(self, batch: int, tokens: int) -> Slot:
         """An empty slot for ``batch`` sequences of up to ``tokens`` tokens; up to twice as long if one is at hand."""
-        state = (self.model.device, self.model.dtype)
-        if state != self.model_state:
-            self.clear()
-            self.shapes, self.model_state = _probe(self.model, self.forward), state
         length = cache_length(tokens)
         fitting = [key for key in self.slots if key[0] == batch and length <= key[1] <= 2 * length]
         key = min(fitting, default=(batch, length))
@@ -105,9 +112,6 @@ class CachePool:
             self.slots[key] = slot
         self.slots.move_to_end(key)
         return self.slots[key]
-
-    def clear(self) -> None:
-        self.slots.clear()
 
     def _allocate(self, slot: Slot) -> None:
         with torch.inference_mode(False):
@@ -125,19 +129,18 @@ class CachePool:
         share = 1 << 30
         if device.type == "cuda":
             share = int(torch.cuda.get_device_properties(device).total_memory * KEPT_SHARE)
-        while self.slots and (
-            len(self.slots) >= KEPT or sum(slot.nbytes() for slot in self.slots.values()) > share
-        ):
+        while self.slots and (len(self.slots) >= KEPT or sum(slot.nbytes() for slot in self.slots.values()) > share):
             self.slots.popitem(last=False)
 
 
 def _probe(model: torch.nn.Module, forward: Callable[..., Any]) -> list[tuple[Tensor, Tensor] | None]:
     """Per layer an empty tensor with the heads, head size, dtype and device of its keys, and one of its values.
 
-    They come from the stock forward of one token, since configurations name them in too many ways.
+    They come from the stock forward of two tokens on a longer cache, since configurations name them in too many ways
+    and some models do not run on a static cache at all. Raises what the forward raises.
     """
-    cache = _static_cache(model, 1)
-    ids = torch.zeros((1, 1), dtype=torch.long, device=model.device)
+    cache = _static_cache(model, 4)
+    ids = torch.zeros((1, 2), dtype=torch.long, device=model.device)
     with torch.inference_mode(False), torch.no_grad():
         forward(input_ids=ids, past_key_values=cache, use_cache=True)
     return [

@@ -92,27 +92,35 @@ class CompiledForward:
     """Calls ``forward`` through the backend. Prompts share a graph whatever their length; so do single tokens."""
 
     def __init__(self, forward: Callable[..., Any]):
-        parameters = inspect.signature(forward).parameters
-        self.names = tuple(parameters)
+        parameters = inspect.signature(forward).parameters.values()
+        self.names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
         self.prompt = _compile(forward)
         self.token = _compile(forward)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        single = True
-        for name, value in itertools.chain(zip(self.names, args, strict=False), kwargs.items()):
-            if name in SEQUENCE_INPUTS:
-                for tensor in value.values() if isinstance(value, dict) else (value,):
-                    if isinstance(tensor, Tensor):
-                        single &= _mark(name, tensor)
-        return (self.token if single else self.prompt)(*args, **kwargs)
+        # By name, as generate calls it: otherwise model(ids) and model(input_ids=ids) would be two graphs.
+        names = self.names[: len(args)]
+        if len(names) == len(args) and not kwargs.keys() & set(names):
+            args, kwargs = (), dict(zip(names, args, strict=True)) | kwargs
+        return (self.prompt if mark_dynamic(kwargs) else self.token)(*args, **kwargs)
 
 
-def _mark(name: str, tensor: Tensor) -> bool:
-    """Mark the sequence dimensions as dynamic; whether the tensor is that of a single token."""
+def mark_dynamic(inputs: dict[str, Any]) -> bool:
+    """Mark what grows with the prompt or the cache as dynamic; whether the inputs are longer than one token."""
+    longer = False
+    for name in SEQUENCE_INPUTS:
+        value = inputs.get(name)
+        for tensor in value.values() if isinstance(value, dict) else (value,):
+            if isinstance(tensor, Tensor):
+                dims = _sequence_dims(name, tensor)
+                torch._dynamo.maybe_mark_dynamic(tensor, dims)
+                longer |= bool(dims) and name in ("input_ids", "inputs_embeds")
+    return longer
+
+
+def _sequence_dims(name: str, tensor: Tensor) -> list[int]:
     if name == "attention_mask":
         dims = (1,) if tensor.ndim == 2 else (tensor.ndim - 2, tensor.ndim - 1)
     else:
         dims = (1,) if name in ("input_ids", "inputs_embeds") else (tensor.ndim - 1,)
-    dims = [dim for dim in dims if 0 <= dim < tensor.ndim and tensor.shape[dim] > 1]
-    torch._dynamo.maybe_mark_dynamic(tensor, dims)
-    return name not in ("input_ids", "inputs_embeds") or not dims
+    return [dim for dim in dims if 0 <= dim < tensor.ndim and tensor.shape[dim] > 1]

@@ -32,8 +32,8 @@ def generate(runtime, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     Raises ValueError for a prompt without sequences or without tokens.
     """
     model, stock = runtime.model, runtime.stock("generate")
-    if model_reason_ := model_reason(model):
-        runtime.fall_back(model_reason_)
+    if reason := model_reason(model):
+        runtime.fall_back(reason)
         return stock(*args, **kwargs)
     call = inspect.signature(stock).bind(*args, **kwargs).arguments
     call |= call.pop("kwargs", {})
@@ -56,16 +56,16 @@ def generate(runtime, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return stock(**call)
         runtime.depth += 1
         try:
-            return stock(**call, custom_generate=loop)
+            return stock(**call | {"custom_generate": loop})
         finally:
             runtime.depth -= 1
 
 
 def _check_prompt(call: dict[str, Any]) -> None:
-    for name in ("inputs", "input_ids", "inputs_embeds"):
-        prompt = call.get(name)
-        if isinstance(prompt, Tensor) and prompt.numel() == 0 and call.get("inputs_embeds") in (None, prompt):
-            raise ValueError(f"generate: {name} has shape {list(prompt.shape)}, pass at least one sequence of one token")
+    name = "inputs_embeds" if call.get("inputs_embeds") is not None else "input_ids"
+    prompt = call.get(name, call.get("inputs"))
+    if isinstance(prompt, Tensor) and prompt.numel() == 0:
+        raise ValueError(f"generate: {name} is empty, of shape {list(prompt.shape)}; pass sequences of 1 token or more")
 
 
 def model_reason(model: torch.nn.Module) -> str | None:
@@ -95,9 +95,7 @@ def call_reason(model: torch.nn.Module, call: dict[str, Any]) -> str | None:
             return f"generate was called with {name}"
     if call.get("synced_gpus"):
         return "generate was called with synced_gpus"
-    config, _ = model._prepare_generation_config(
-        call.get("generation_config"), **{k: v for k, v in call.items() if k not in GENERATE_ARGUMENTS}
-    )
+    config, _ = model._prepare_generation_config(call.get("generation_config"), **_generation_arguments(call))
     if config.get_generation_mode() not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         return f"generation mode {config.get_generation_mode().value}"
     for name in ("cache_implementation", "compile_config", "stop_strings"):
@@ -111,11 +109,9 @@ def call_reason(model: torch.nn.Module, call: dict[str, Any]) -> str | None:
     return None
 
 
-GENERATE_ARGUMENTS = (
-    "inputs generation_config logits_processor stopping_criteria prefix_allowed_tokens_fn synced_gpus assistant_model "
-    "streamer negative_prompt_ids negative_prompt_attention_mask custom_generate tokenizer assistant_tokenizer "
-    "trust_remote_code use_model_defaults"
-).split()
+def _generation_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    named = inspect.signature(GenerationMixin.generate).parameters
+    return {name: value for name, value in call.items() if name not in named}
 
 
 class Decoder:
@@ -138,7 +134,7 @@ class Decoder:
         return self.step is not None and self.kind in self.runtime.verified
 
     def arrive(self, token: Tensor | None = None) -> None:
-        """Make everything ready to feed the next token, which ``ids`` knows; ``token`` [batch] unless the step has it."""
+        """Make ready to feed the next token: ``token`` [batch], unless the step's buffer holds it already."""
         self.fed += 1
         if self.step is not None and token is not None:
             self.step.inputs.token.copy_(token[:, None])
@@ -288,6 +284,7 @@ def generate_tokens(
         reason = "no maximum length is set"
     if reason is None and input_ids.device != model.device:
         reason = f"the prompt is on {input_ids.device}, the model on {model.device}"
+    reason = reason or runtime.pool.learn()
     if reason is not None:
         runtime.fall_back(reason)
         generation_config.disable_compile = True

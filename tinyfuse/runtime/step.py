@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyfuse.runtime.cache import Slot
-from tinyfuse.runtime.forward import GraphCall, intercept, record_graphs
+from tinyfuse.runtime.forward import GraphCall, intercept, mark_dynamic, record_graphs
 
 ROWS = 128
 TABLE_BYTES = 1 << 25  # a block has fewer rows if its masks would take more
@@ -77,6 +77,7 @@ class Inputs:
             else self.buffers.get(name, value)
             for name, value in first.items()
         }
+        mark_dynamic(self.arguments)
 
     @staticmethod
     def _row_dim(name: str, first: Tensor, block: Tensor | None) -> int | None:

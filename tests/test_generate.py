@@ -1,0 +1,408 @@
+"""generate of an optimised model: the tokens of the stock one, whatever the model and the arguments."""
+
+import copy
+import threading
+import time
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    LogitsProcessor,
+    MaxTimeCriteria,
+    MistralConfig,
+    MixtralConfig,
+    OPTConfig,
+    Qwen2Config,
+    StoppingCriteria,
+)
+from transformers.generation.streamers import BaseStreamer
+
+from tinyfuse.optimize import optimize, restore
+
+SIZE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 96,
+    "max_position_embeddings": 2048,
+}
+WINDOW = {"head_dim": 8, "sliding_window": 6}
+UNTIED = {"tie_word_embeddings": False}  # a tied head of random weights repeats its input
+OPT = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+GEMMA3 = SIZE | WINDOW | UNTIED | {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
+FAMILIES = {
+    "mistral": MistralConfig(**SIZE, sliding_window=6),
+    "qwen2": Qwen2Config(**SIZE),
+    "gemma2": Gemma2Config(**SIZE | WINDOW | UNTIED),
+    "gemma3": Gemma3TextConfig(
+        **SIZE | WINDOW | {"num_hidden_layers": 2}, layer_types=["sliding_attention", "full_attention"]
+    ),
+    "gpt2": GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=96, n_positions=2048),
+    "opt": OPTConfig(**OPT | UNTIED, vocab_size=96),
+    "mixtral": MixtralConfig(**SIZE, num_local_experts=4, sliding_window=None),
+}
+ONE = {"input_ids": torch.tensor([[5, 17, 33, 2, 8, 61, 7, 7, 90]])}
+PADDED = {
+    "input_ids": torch.tensor(
+        [[0, 0, 0, 5, 17, 33, 2, 8, 61], [9, 8, 7, 6, 5, 4, 3, 2, 1], [0, 11, 4, 7, 12, 9, 1, 3, 3]]
+    ),
+    "attention_mask": torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1], [1] * 9, [0] + [1] * 8]),
+}
+
+
+def build(config, seed=0):
+    """A random model whose tokens vary: weights as large as those that training leaves."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.mul_(6)
+    model.generation_config.eos_token_id = None
+    model.generation_config.bos_token_id = 1
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+class Pair:
+    """A stock model and its optimised twin."""
+
+    def __init__(self, config, seed=0):
+        self.stock = build(config, seed)
+        self.fast = optimize(copy.deepcopy(self.stock))
+
+    @property
+    def fallbacks(self):
+        return self.fast._tinyfuse.fallbacks
+
+    def same(self, seed=None, **arguments):
+        """Both generate the same; what the optimised one returned."""
+        results = []
+        for model in (self.stock, self.fast):
+            torch.manual_seed(seed or 0)
+            results.append(model.generate(**{"max_new_tokens": 12, "do_sample": seed is not None} | arguments))
+            results.append(torch.rand(1))
+        expected, drawn, result, drawn_too = results
+        assert torch.equal(getattr(expected, "sequences", expected), getattr(result, "sequences", result))
+        assert torch.equal(drawn, drawn_too), "the random numbers that follow differ"
+        return result
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return Pair(LlamaConfig(**SIZE))
+
+
+@pytest.fixture
+def covered(llama):
+    """The test's calls are all covered by the loop."""
+    del llama.fallbacks[:]
+    yield llama
+    assert llama.fallbacks == []
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(family):
+    pair = Pair(FAMILIES[family])
+    tokens = pair.same(**PADDED, max_new_tokens=20)
+    assert len(set(tokens[:, 9:].flatten().tolist())) > 4
+    pair.same(**PADDED, seed=3)
+    assert pair.fallbacks == []
+
+
+@pytest.mark.parametrize("prompt", [ONE, PADDED], ids=["one", "padded"])
+def test_greedy(covered, prompt):
+    covered.same(**prompt, max_new_tokens=20)
+    covered.same(**prompt, max_new_tokens=1)
+    covered.same(**prompt, max_new_tokens=2)
+
+
+def test_beyond_a_block_of_masks(covered):
+    covered.same(**PADDED, max_new_tokens=300)
+
+
+SAMPLING = [
+    {"temperature": 0.7},
+    {"top_k": 5, "temperature": 1.3},
+    {"top_p": 0.6, "top_k": 0},
+    {"min_p": 0.1},
+    {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2},
+    {"num_return_sequences": 3},
+]
+
+
+@pytest.mark.parametrize("arguments", SAMPLING, ids=lambda arguments: "-".join(arguments))
+def test_sampling(covered, arguments):
+    prompt = ONE if "num_return_sequences" in arguments else PADDED
+    for seed in (1, 2):
+        covered.same(**prompt, seed=seed, **arguments)
+
+
+@pytest.mark.parametrize("prompt", [ONE, PADDED], ids=["one", "padded"])
+def test_end_of_sequence(covered, prompt):
+    tokens = covered.same(**prompt, max_new_tokens=20)[:, 9:]
+    for eos in (tokens[0, 4].item(), tokens[:, 5].tolist(), [tokens[0, 0].item()], tokens.flatten().tolist()):
+        covered.same(**prompt, max_new_tokens=20, eos_token_id=eos)
+        covered.same(**prompt, max_new_tokens=20, eos_token_id=eos, seed=4)
+    covered.same(**prompt, max_new_tokens=20, min_new_tokens=6, eos_token_id=tokens[:, 2].tolist())
+
+
+def test_dictionary_output(covered):
+    names = {"output_scores": True, "output_logits": True}
+    for options in ({}, names, names | {"seed": 5, "top_k": 4}, {"eos_token_id": 7}):
+        result = covered.same(**PADDED, return_dict_in_generate=True, **options)
+        expected = covered.stock.generate(**PADDED, do_sample=False, max_new_tokens=12, return_dict_in_generate=True)
+        assert type(result) is type(expected) and type(result.past_key_values) is DynamicCache
+        for name in ("scores", "logits"):
+            assert (getattr(result, name) is not None) == (f"output_{name}" in options)
+    expected = covered.stock.generate(
+        **PADDED, do_sample=False, max_new_tokens=12, return_dict_in_generate=True, **names
+    )
+    result = covered.fast.generate(**PADDED, do_sample=False, max_new_tokens=12, return_dict_in_generate=True, **names)
+    torch.testing.assert_close(result.scores, expected.scores)
+    torch.testing.assert_close(result.logits, expected.logits)
+
+
+def test_returned_cache_is_the_callers(covered):
+    first = covered.fast.generate(**ONE, max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
+    keys = first.past_key_values.layers[0].keys.clone()
+    assert keys.shape[2] == first.sequences.shape[1] - 1
+    covered.fast.generate(**ONE, max_new_tokens=9, do_sample=False)
+    assert torch.equal(first.past_key_values.layers[0].keys, keys)
+    assert first.past_key_values.get_seq_length() == keys.shape[2]
+
+
+class Seen(BaseStreamer):
+    def __init__(self):
+        self.tokens, self.ended = [], 0
+
+    def put(self, value):
+        self.tokens.append(value)
+
+    def end(self):
+        self.ended += 1
+
+
+@pytest.mark.parametrize("seed", [None, 6])
+def test_streamer(covered, seed):
+    eos = covered.same(**ONE, max_new_tokens=20, seed=seed)[0, 15].item()
+    for options in ({}, {"eos_token_id": eos}):
+        streams = []
+        for model in (covered.stock, covered.fast):
+            torch.manual_seed(seed or 0)
+            streams.append(Seen())
+            model.generate(**ONE, max_new_tokens=12, do_sample=seed is not None, streamer=streams[-1], **options)
+        stock, fast = streams
+        assert [t.tolist() for t in stock.tokens] == [t.tolist() for t in fast.tokens]
+        assert stock.ended == fast.ended == 1
+
+
+class StopsAt(StoppingCriteria):
+    def __init__(self, length):
+        self.length, self.calls = length, []
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.calls.append((input_ids.clone(), scores and len(scores)))
+        return torch.full((len(input_ids),), input_ids.shape[1] >= self.length)
+
+
+class Favours(LogitsProcessor):
+    def __init__(self, token):
+        self.token, self.calls = token, []
+
+    def __call__(self, input_ids, scores):
+        self.calls.append(input_ids.clone())
+        scores[:, self.token] += 2.0
+        return scores
+
+
+def test_own_criteria_and_processors(covered):
+    calls = []
+    for model in (covered.stock, covered.fast):
+        criterion, processor = StopsAt(15), Favours(40)
+        tokens = model.generate(
+            **PADDED, do_sample=False, max_new_tokens=12, stopping_criteria=[criterion], logits_processor=[processor]
+        )
+        calls.append((tokens, criterion.calls, processor.calls))
+    (stock, stock_criterion, stock_processor), (fast, fast_criterion, fast_processor) = calls
+    assert torch.equal(stock, fast) and stock.shape[1] == 15
+    assert all(torch.equal(a, b) and m == n for (a, m), (b, n) in zip(stock_criterion, fast_criterion, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(stock_processor, fast_processor, strict=True))
+
+
+def test_max_time(covered):
+    covered.same(**ONE, max_time=1000.0)
+    started = time.time()
+    tokens = covered.fast.generate(**ONE, do_sample=False, max_new_tokens=1500, max_time=0.05)
+    assert 9 < tokens.shape[1] < 1500 and time.time() - started < 30
+    late = [MaxTimeCriteria(10.0, initial_timestamp=time.time() - 20)]
+    assert covered.same(**ONE, stopping_criteria=late).shape[1] == 10
+
+
+def test_embeddings_as_prompt(covered):
+    embeds = covered.stock.get_input_embeddings()(ONE["input_ids"]).detach()
+    covered.same(inputs_embeds=embeds)
+    covered.same(inputs_embeds=embeds, input_ids=ONE["input_ids"])
+
+
+def test_chunked_prefill(covered):
+    covered.same(**ONE, prefill_chunk_size=4)
+
+
+def test_prompt_of_one_token(covered):
+    covered.same(input_ids=ONE["input_ids"][:, :1])
+
+
+def test_inference_mode(covered):
+    with torch.inference_mode():
+        covered.same(**ONE)
+    covered.same(**ONE)
+
+
+STOCK = [
+    ({"num_beams": 2}, "beam"),
+    ({"use_cache": False}, "use_cache"),
+    ({"cache_implementation": "static"}, "cache_implementation"),
+    ({"past_key_values": "new"}, "past_key_values"),
+    ({"return_dict_in_generate": True, "output_hidden_states": True}, "output_hidden_states"),
+    ({"prompt_lookup_num_tokens": 2}, "assisted"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "reason"), STOCK, ids=[reason for _, reason in STOCK])
+def test_the_stock_way_and_its_reason(llama, arguments, reason):
+    del llama.fallbacks[:]
+    tokens = []
+    for model in (llama.stock, llama.fast):
+        own = {"past_key_values": DynamicCache(config=model.config)} if "past_key_values" in arguments else {}
+        result = model.generate(**ONE, **{"do_sample": False, "max_new_tokens": 4} | arguments | own)
+        tokens.append(getattr(result, "sequences", result))
+    assert torch.equal(*tokens)
+    assert len(llama.fallbacks) == 1 and reason in llama.fallbacks[0]
+
+
+def test_no_recompile(covered):
+    """Prompts of any length, of one or several rows, with any number of new tokens and any cache length."""
+    prompts = [torch.randint(1, 96, (rows, length)) for length in range(3, 43, 2) for rows in (1, 3)]
+    for rows in (1, 3):
+        covered.same(input_ids=prompts[rows // 2])
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for prompt in prompts:
+            for count in (3, 17):
+                covered.fast.generate(prompt, do_sample=False, max_new_tokens=count)
+        covered.fast.generate(prompts[0], do_sample=False, max_new_tokens=600)
+
+
+def test_batch_and_length_change(covered):
+    for _ in range(2):
+        covered.same(**ONE)
+        covered.same(**PADDED, max_new_tokens=270)
+        covered.same(**ONE, max_new_tokens=260)
+        covered.same(input_ids=ONE["input_ids"].repeat(4, 1))
+
+
+def test_two_models_interleaved(covered):
+    other = Pair(LlamaConfig(**SIZE), seed=1)
+    for _ in range(2):
+        ours, theirs = covered.same(**ONE), other.same(**ONE)
+        assert not torch.equal(ours, theirs)
+
+
+def test_threads(covered):
+    prompts = [torch.randint(1, 96, (1, 5 + n)) for n in range(8)]
+    expected = [covered.stock.generate(p, do_sample=False, max_new_tokens=15) for p in prompts]
+    results = [None] * 8
+
+    def work(n):
+        results[n] = covered.fast.generate(prompts[n], do_sample=False, max_new_tokens=15)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(a, b) for a, b in zip(expected, results, strict=True))
+
+
+def test_generate_inside_of_generate(llama):
+    class Asks(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            inner.append(llama.fast.generate(**ONE, do_sample=False, max_new_tokens=3))
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    inner = []
+    llama.same(**ONE, max_new_tokens=4, stopping_criteria=[Asks()])
+    expected = llama.stock.generate(**ONE, do_sample=False, max_new_tokens=3)
+    assert len(inner) == 8 and all(torch.equal(expected, tokens) for tokens in inner)
+
+
+def test_usable_after_an_error(llama):
+    class Breaks(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            if input_ids.shape[1] == 11:
+                raise KeyError("from the processor")
+            return scores
+
+    with pytest.raises(KeyError, match="from the processor"):
+        llama.fast.generate(**ONE, do_sample=False, max_new_tokens=9, logits_processor=[Breaks()])
+    llama.same(**ONE)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (1, 0)])
+def test_empty_prompt(llama, shape):
+    with pytest.raises(ValueError, match="empty"):
+        llama.fast.generate(torch.zeros(shape, dtype=torch.long), max_new_tokens=3)
+    llama.same(**ONE)
+
+
+def test_weights_changed_in_place_and_replaced(llama):
+    """Neither a captured step nor a recorded call may go on with weights of the past."""
+    pair = Pair(LlamaConfig(**SIZE), seed=2)
+    before = pair.same(**ONE)
+    for model in (pair.stock, pair.fast):
+        model.lm_head.weight.data = llama.stock.lm_head.weight.detach().clone()
+    after = pair.same(**ONE)
+    assert not torch.equal(before, after)
+    for model in (pair.stock, pair.fast):
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().flip(0))
+    assert not torch.equal(after, pair.same(**ONE))
+    pair.stock.double(), pair.fast.double()
+    pair.same(**ONE)
+
+
+def test_hooks_see_every_token(covered):
+    seen = []
+    handle = covered.fast.register_forward_hook(lambda *_: seen.append(1))
+    covered.same(**ONE, max_new_tokens=5)
+    handle.remove()
+    assert len(seen) == 5 and "hooks" in covered.fallbacks.pop()
+
+
+def test_no_plain_cache_goes_the_stock_way():
+    from transformers import Lfm2Config
+
+    pair = Pair(Lfm2Config(**SIZE | {"num_hidden_layers": 2}, layer_types=["conv", "full_attention"]))
+    pair.same(**ONE, max_new_tokens=4)
+    assert len(pair.fallbacks) == 1 and "LinearAttentionLayer" in pair.fallbacks[0]
+
+
+def test_inputs_that_buffers_cannot_follow():
+    from transformers import BloomConfig
+
+    pair = Pair(BloomConfig(hidden_size=32, n_layer=1, n_head=4, vocab_size=96))
+    pair.same(**PADDED)
+    assert len(pair.fallbacks) == 1 and "attention_mask" in pair.fallbacks[0]
+
+
+def test_restore_in_between(covered):
+    model = copy.deepcopy(covered.fast)
+    tokens = model.generate(**ONE, do_sample=False, max_new_tokens=12)
+    assert torch.equal(restore(model).generate(**ONE, do_sample=False, max_new_tokens=12), tokens)
+    assert torch.equal(optimize(model).generate(**ONE, do_sample=False, max_new_tokens=12), tokens)
