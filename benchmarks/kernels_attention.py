@@ -93,15 +93,12 @@ def decode_variants(case: Case, sweep: bool) -> dict[str, Callable]:
     if case.live == case.Skv:
         variants["sdpa no mask"] = lambda q, k, v, mask: sdpa(q, k, v, None, gqa=case.Hkv != case.H)
         variants["tinyfuse no mask"] = ours(decoding.decode, masked=False)
-    if sweep and case.live in (512, 2048, 8192) and case.live == case.Skv:
+    if sweep and case.live in (512, 8192) and case.live == case.Skv:
         n = 128 // case.D
-        shapes = [(16, 64, 4, 3), (16, 32, 2, 3), (16, 32, 2, 5), (16, 64, 4, 2)]
-        if case.H == case.Hkv:
-            shapes += [(1, 16, 2, 1), (1, 32, 4, 1), (1, 32, 2, 1), (1, 16, 1, 1)]
-        for block_r, block_n, warps, stages in shapes:
-            for per_sm in (1, 2, 3, 4, 6, 8)[1 if case.H == case.Hkv else 0 :: 2]:
+        for block_n, warps, stages in [(64, 4, 3), (32, 2, 3), (32, 2, 4), (16, 1, 4)]:
+            for per_sm in (2, 4):
                 splits = max(1, min(per_sm * 132 // case.Hkv, case.Skv // (block_n * n), 128))
-                plan = decoding.Plan(block_r, block_n * n, splits, warps, stages)
+                plan = decoding.Plan(16, block_n * n, splits, warps, stages)
                 variants[str(tuple(plan))] = ours(decoding.decode, plan)
     return variants
 
@@ -122,11 +119,9 @@ def prefill_variants(case: Case, sweep: bool) -> dict[str, Callable]:
                 q, k, v, None, True, backend, gqa
             )
         variants["flag: tinyfuse"] = ours(prefilling.prefill, is_causal=True, masked=False)
-    if sweep and case.Sq in (128, 512, 2048):
-        shapes = [(64, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2), (64, 128, 4, 2), (64, 64, 4, 2)]
-        if case.D == 64:
-            shapes = [(64, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 3), (128, 64, 4, 3), (64, 128, 4, 3)]
-        for shape in shapes:
+    if sweep and case.Sq in (128, 2048, 8192):
+        shapes = [(64, 64, 4, 3, 1), (64, 64, 4, 3, 2), (64, 64, 4, 2, 2), (128, 64, 8, 3, 1), (128, 64, 8, 3, 2)]
+        for shape in [*shapes, (128, 128, 8, 2, 1), (64, 128, 4, 2, 1), (128, 64, 4, 3, 1)]:
             plan = prefilling.Plan(*shape)
             variants[str(shape)] = ours(prefilling.prefill, plan)
     return variants

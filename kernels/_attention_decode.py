@@ -21,7 +21,7 @@ MAX_ROWS = 16
 
 
 class Plan(NamedTuple):
-    """Rows per program (1: no tensor cores), keys per block, splits of the keys, warps, pipeline stages."""
+    """Rows per program, keys per block, splits of the keys, warps, pipeline stages."""
 
     block_r: int
     block_n: int
@@ -130,56 +130,22 @@ def _decode(
                 lo = tl.minimum(lo, begin)
                 hi = tl.maximum(hi, end)
 
-    if BLOCK_R == 1:
-        # One running maximum and sum per key lane: no exchange between threads until the end. Keys and values
-        # are loaded one block ahead and the mask two, past the end too, where nothing is kept.
-        wide = tl.sum(query.to(tl.float32), 0) * scale
-        top = tl.full([BLOCK_N], float("-inf"), tl.float32)
-        total = tl.zeros([BLOCK_N], tl.float32)
-        acc = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-        start = ((split + lo * splits) * BLOCK_N).to(tl.int64)
-        step = (splits * BLOCK_N).to(tl.int64)
+    top = tl.full([BLOCK_R], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_R], tl.float32)
+    acc = tl.zeros([BLOCK_R, BLOCK_DV], tl.float32)
+    for i in tl.range(lo, hi, num_stages=STAGES):
+        start = tl.cast((split + i * splits) * BLOCK_N, tl.int64)
         keep, bias = _block_mask(mask_ptr, mask_n, start + tile, Skv, row, rows_ok, KIND, BY_ROW, CAUSAL)
         key = tl.load(k_ptr + start * k_n, mask=keep[:, None] & (d < D)[None, :], other=0.0)
         value = tl.load(v_ptr + start * v_n, mask=keep[:, None] & (e < DV)[None, :], other=0.0)
-        start += step
-        keep, next_bias = _block_mask(mask_ptr, mask_n, start + tile, Skv, row, rows_ok, KIND, BY_ROW, CAUSAL)
-        for _ in tl.range(lo, hi, num_stages=1):
-            next_key = tl.load(k_ptr + start * k_n, mask=keep[:, None] & (d < D)[None, :], other=0.0)
-            next_value = tl.load(v_ptr + start * v_n, mask=keep[:, None] & (e < DV)[None, :], other=0.0)
-            start += step
-            keep, bias_after = _block_mask(mask_ptr, mask_n, start + tile, Skv, row, rows_ok, KIND, BY_ROW, CAUSAL)
-            score = tl.sum(key.to(tl.float32) * wide[None, :], 1) + tl.sum(bias, 0)
-            higher = tl.maximum(top, score)
-            shift = tl.where(higher == float("-inf"), 0.0, higher)
-            p = tl.exp2(score - shift)
-            decay = tl.exp2(top - shift)
-            total = total * decay + p
-            acc = acc * decay[:, None] + p[:, None] * value.to(tl.float32)
-            top = higher
-            key, value, bias, next_bias = next_key, next_value, next_bias, bias_after
-        best = tl.max(top, 0)
-        weight = tl.exp2(top - tl.where(best == float("-inf"), 0.0, best))
-        total = tl.sum(total * weight, 0)[None]
-        acc = tl.sum(acc * weight[:, None], 0)[None, :]
-        top = best[None]
-    else:
-        top = tl.full([BLOCK_R], float("-inf"), tl.float32)
-        total = tl.zeros([BLOCK_R], tl.float32)
-        acc = tl.zeros([BLOCK_R, BLOCK_DV], tl.float32)
-        for i in tl.range(lo, hi, num_stages=STAGES):
-            start = ((split + i * splits) * BLOCK_N).to(tl.int64)
-            keep, bias = _block_mask(mask_ptr, mask_n, start + tile, Skv, row, rows_ok, KIND, BY_ROW, CAUSAL)
-            key = tl.load(k_ptr + start * k_n, mask=keep[:, None] & (d < D)[None, :], other=0.0)
-            value = tl.load(v_ptr + start * v_n, mask=keep[:, None] & (e < DV)[None, :], other=0.0)
-            score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale + bias
-            higher = tl.maximum(top, tl.max(score, 1))
-            shift = tl.where(higher == float("-inf"), 0.0, higher)
-            p = tl.exp2(score - shift[:, None])
-            decay = tl.exp2(top - shift)
-            total = total * decay + tl.sum(p, 1)
-            acc = tl.dot(p.to(value.dtype), value, acc * decay[:, None], input_precision="ieee")
-            top = higher
+        score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale + bias
+        higher = tl.maximum(top, tl.max(score, 1))
+        shift = tl.where(higher == float("-inf"), 0.0, higher)
+        p = tl.exp2(score - shift[:, None])
+        decay = tl.exp2(top - shift)
+        total = total * decay + tl.sum(p, 1)
+        acc = tl.dot(p.to(value.dtype), value, acc * decay[:, None], input_precision="ieee")
+        top = higher
 
     out_row = (b * Sq + row) * H + head
     if SPLIT:
@@ -223,16 +189,14 @@ def _multiprocessors(device: torch.device) -> int:
 @cache
 def plan(rows: int, programs: int, Skv: int, width: int, itemsize: int, device: torch.device) -> Plan:
     """rows: query rows that share a kv head; programs: batch times kv heads; width: the larger padded head_dim."""
-    if rows == 1:
-        # 4 KiB of keys and of values in registers, another as much on the way.
-        block_r, block_n, per_sm, warps, stages = 1, 4096 // (width * itemsize), 6, 2, 1
-    else:
-        block_r = min(64, max(16, triton.next_power_of_2(rows)))
-        block_n, per_sm, warps, stages = min(64, 16384 // (width * itemsize)), 2, 4, 3
-    block_n = max(16, block_n)
-    programs *= triton.cdiv(rows, block_r)
-    splits = min(triton.cdiv(Skv, block_n), per_sm * _multiprocessors(device) // programs, 128)
-    return Plan(block_r, block_n, max(splits, 1), warps, stages)
+    block_r = min(64, max(16, triton.next_power_of_2(rows)))
+    block_n = max(16, min(64, 8192 // (width * itemsize)))
+    blocks = triton.cdiv(Skv, block_n)
+    # Two programs per multiprocessor hide the latency of a short cache, four that of a long one; partial results
+    # stay small beside the keys from 8 blocks per split on.
+    wave = 2 * _multiprocessors(device) / (programs * triton.cdiv(rows, block_r))
+    splits = int(max(wave, min(2 * wave, blocks / 8)))
+    return Plan(block_r, block_n, max(1, min(splits, blocks, 128)), 2 if block_r == 16 else 4, 3)
 
 
 def mask_strides(mask: Tensor | None) -> tuple[int, int, int, int]:

@@ -19,12 +19,13 @@ from tinyfuse.kernels._triton import jit, tl, triton
 
 
 class Plan(NamedTuple):
-    """Query rows and keys per block, warps, pipeline stages."""
+    """Query rows and keys per block, warps, pipeline stages of the full tiles and of the others."""
 
     block_m: int
     block_n: int
     warps: int
     stages: int
+    edge_stages: int
 
 
 class BlockMap(NamedTuple):
@@ -181,13 +182,11 @@ def _prefill(
     tl.store(out_ptr, acc, mask=rows_ok[:, None] & (e < DV)[None, :])
 
 
-def plan(Sq: int, programs: int, width: int) -> Plan:
-    """programs: batch times heads; width: the larger padded head_dim."""
+def plan(width: int) -> Plan:
+    """width: the larger padded head_dim."""
     if width > 128:
-        return Plan(64, 64, 4, 2)
-    if Sq * programs <= 64 * 256:
-        return Plan(64, 64, 4, 3)
-    return Plan(128, 64, 8, 3) if width == 128 else Plan(128, 128, 8, 3)
+        return Plan(64, 64, 4, 2, 1)
+    return Plan(64, 64, 4, 3, 1)
 
 
 _maps: list[tuple[tuple, StorageWeakRef, BlockMap]] = []
@@ -236,7 +235,7 @@ def prefill(
         return decode(q, k, v, mask, scale, is_causal)
     Skv, DV = v.shape[2:]
     block_d, block_dv = triton.next_power_of_2(D), triton.next_power_of_2(DV)
-    p = chosen or plan(Sq, B * H, max(block_d, block_dv))
+    p = chosen or plan(max(block_d, block_dv))
     kind = mask_kind(mask)
     tiles = columns = None
     map_b = map_h = 0
@@ -248,7 +247,7 @@ def prefill(
     _prefill[(triton.cdiv(Sq, p.block_m), H, B)](
         q, k, v, mask, tiles, columns, out, scale * 1.4426950408889634, Sq, Skv,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *mask_strides(mask), map_b, map_h,
-        H // k.shape[1], D, DV, block_d, block_dv, p.block_m, p.block_n, p.stages, 2 if kind == 2 else 1,
+        H // k.shape[1], D, DV, block_d, block_dv, p.block_m, p.block_n, p.stages, p.edge_stages,
         kind, is_causal, num_warps=p.warps,
     )  # fmt: skip
     return out.transpose(1, 2)

@@ -57,8 +57,7 @@ def check(run, shape, kind, dtype, plan):
 
 @pytest.mark.parametrize("shape, kind", list(itertools.product(DECODE, MASKS)))
 def test_decode(shape, kind):
-    block_r = 1 if shape[1] == shape[2] and shape[3] == 1 else 16
-    check(_attention_decode.decode, shape, kind, torch.float16, _attention_decode.Plan(block_r, 16, 2, 4, 1))
+    check(_attention_decode.decode, shape, kind, torch.float16, _attention_decode.Plan(16, 16, 2, 4, 1))
 
 
 @pytest.mark.parametrize("shape", DECODE)
@@ -68,7 +67,7 @@ def test_decode_in_float32(shape):
 
 @pytest.mark.parametrize("shape, kind", list(itertools.product(PREFILL, MASKS)))
 def test_prefill(shape, kind):
-    check(_attention_prefill.prefill, shape, kind, torch.float16, _attention_prefill.Plan(16, 16, 4, 1))
+    check(_attention_prefill.prefill, shape, kind, torch.float16, _attention_prefill.Plan(16, 16, 4, 1, 1))
 
 
 @pytest.mark.parametrize("Sq", [1, 20])
@@ -91,7 +90,7 @@ def test_float_mask_of_minima_averages_as_sdpa_does():
 def test_map_tells_empty_mixed_and_full_tiles_apart():
     size = (1, 1, 20, 40)
     i, j = torch.arange(20)[:, None], torch.arange(40)
-    plan = _attention_prefill.Plan(16, 16, 4, 1)
+    plan = _attention_prefill.Plan(16, 16, 4, 1, 1)
     for mask, tiles in [
         (j <= i, [[1, 0, 0], [2, 1, 0]]),
         (j < 40, [[2, 2, 1], [2, 2, 1]]),
@@ -103,7 +102,7 @@ def test_map_tells_empty_mixed_and_full_tiles_apart():
 
 def test_map_is_made_again_when_the_mask_changes():
     size = (1, 1, 20, 40)
-    plan = _attention_prefill.Plan(16, 16, 4, 1)
+    plan = _attention_prefill.Plan(16, 16, 4, 1, 1)
     mask = torch.ones(size, dtype=torch.bool)
     first = _attention_prefill.block_map(mask, size, plan)
     assert _attention_prefill.block_map(mask.view(size), size, plan) is first
