@@ -3,6 +3,16 @@
 from torch import Tensor
 
 MULTIPLE = {
+    "linear": 1.1,  # fp32 sums in another order, or int8 products of fixed-point activations, finer than bf16
+    "linear_group": 1.1,
+    "gated_linear": 1.1,  # eager code rounds both projections and the activation on the way
+    "linear on digits": 1.5,  # fp16 only: 16-bit digits of 256 columns come near its own rounding
+    "rms_norm": 1.1,  # the same roundings; the sum of squares runs in another order
+    "add_rms_norm": 1.1,
+    "layer_norm": 1.1,
+    "add_layer_norm": 1.1,
+    "rope": 1.0,  # one rounding where eager code makes three
+    "gated_act": 1.1,  # the same roundings; another exp
     "attention": 1.5,  # eager code rounds the probabilities to the dtype where some kernels keep them wider
 }
 

@@ -1,0 +1,75 @@
+import itertools
+
+import pytest
+import torch
+
+from tests import row_ops
+from tinyfuse.kernels import kv_append, rope
+
+# B, H, kv heads, S, L, D, Dv, R
+SHAPES = [(1, 5, 1, 1, 4, 24, 24, 24), (2, 6, 2, 3, 7, 40, 24, 12), (2, 3, 3, 2, 2, 16, 32, 16)]
+
+CASES = list(itertools.product(row_ops.TABLES, [False, True]))
+DTYPES = [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)]
+
+
+@pytest.fixture(autouse=True)
+def seed_and_poison():
+    """Uninitialised memory holds NaN."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("kind, interleaved", CASES)
+@pytest.mark.parametrize("dtype, table_dtype", DTYPES)
+def test_rope(kind, interleaved, dtype, table_dtype):
+    for B, H, _, S, _, D, _, R in SHAPES[:2]:
+        x = row_ops.heads(B, H, S, D, dtype, "cpu", 8)
+        row_ops.check_rope(x, *row_ops.tables(kind, B, S, R, table_dtype, "cpu"), interleaved)
+
+
+def test_many_tokens_and_a_layout_by_heads():
+    x = torch.randn(1, 3, 130, 8)
+    row_ops.check_rope(x, *row_ops.tables("shared", 1, 130, 8, x.dtype, "cpu"), False)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_kv_append_writes_its_positions_alone(shape):
+    B, _, H, S, L, D, Dv, _ = shape
+    row_ops.check_append(B, H, S, L, D, Dv, torch.bfloat16, "cpu")
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rope_append(shape, interleaved):
+    row_ops.check_rope_append(*shape, "batched", interleaved, torch.bfloat16, "cpu")
+
+
+def test_positions_outside_the_cache_write_nothing():
+    whole_keys, whole_values, keys, values = row_ops.caches(1, 2, 4, 8, 8, torch.float32, "cpu")
+    before = whole_keys.clone(), whole_values.clone()
+    k = torch.randn(1, 2, 2, 8)
+    kv_append.run_triton(keys, values, k, k, torch.tensor([4, -1]))
+    assert torch.equal(whole_keys, before[0]) and torch.equal(whole_values, before[1])
+
+
+@pytest.mark.parametrize(
+    "x, cos, reason",
+    [
+        (torch.randn(1, 2, 3, 8).double(), torch.randn(1, 1, 3, 8).double(), "float64"),
+        (torch.randn(1, 2, 8, 3).mT, torch.randn(1, 1, 3, 8), "contiguous"),
+        (torch.randn(1, 2, 3, 8), torch.randn(1, 2, 3, 8), "between heads"),
+        (torch.randn(1, 2, 3, 8), torch.randn(1, 1, 3, 10), "even number"),
+        (torch.randn(1, 2, 3, 8), torch.randn(1, 1, 3, 7), "even number"),
+        (torch.randn(1, 2, 1, 8), torch.randn(1, 1, 3, 8), "[B, 1, S, R]"),
+    ],
+)
+def test_declines(x, cos, reason):
+    assert reason in rope.supports_triton(x, cos, cos, False)
+
+
+def test_append_declines_another_cache_dtype():
+    cache, k = torch.randn(1, 2, 4, 8), torch.randn(1, 2, 1, 8).bfloat16()
+    assert "bfloat16" in kv_append.supports_triton(cache, cache, k, k, torch.tensor([0]))

@@ -1,0 +1,164 @@
+"""Inputs and checks of the row-wise ops (norms, rope, cache writes, gated activations), on any device."""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from tests.tolerance import assert_as_exact_as_eager
+from tinyfuse.kernels import (
+    add_layer_norm,
+    add_rms_norm,
+    gated_act,
+    kv_append,
+    layer_norm,
+    rms_norm,
+    rope,
+    rope_append,
+)
+
+LAYOUTS = ["contiguous", "offset", "transposed", "fused view", "expanded", "outliers"]
+HALVES = [torch.float16, torch.bfloat16]
+
+
+def rows(layout, N, dtype, device, lead=(2, 3, 5)):
+    """Random [*lead, N]; "offset" begins at an address that is not a multiple of 16 bytes."""
+    b, h, s = lead
+    random = partial(torch.randn, device=device)
+    if layout == "offset":
+        return random(b * h * s * N + 3).to(dtype)[3:].view(b, h, s, N)
+    if layout == "transposed":
+        return random(b, s, h, N).to(dtype).transpose(1, 2)
+    if layout == "fused view":
+        return random(b, s, (h + 2) * N).to(dtype)[..., N : (h + 1) * N].view(b, s, h, N).transpose(1, 2)
+    if layout == "expanded":
+        return random(b, 1, s, N).to(dtype).expand(b, h, s, N)
+    x = random(b, h, s, N)
+    if layout == "outliers":
+        x[..., N // 2] *= 300
+    return x.to(dtype)
+
+
+def check_norm(op, x, residual, weight, bias, flags=(False, True), eps=1e-5):
+    """One norm kernel against fp64, eager code's error, and the layout that the reference gives."""
+    adds = residual is not None
+    given = (x, residual) if adds else (x,)
+    wide = None if weight is None else weight.double()
+    exact = sum(t.double() for t in given)
+    if op in (rms_norm, add_rms_norm):
+        args = (*given, weight, eps, *flags)
+        gain = 1.0 if wide is None else wide + flags[0]
+        exact = exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + eps) * gain
+    else:
+        args = (*given, weight, bias, eps)
+        exact = F.layer_norm(exact, exact.shape[-1:], wide, None if bias is None else bias.double(), eps)
+    assert op.supports_triton(*args) is None
+    out, eager = op.run_triton(*args), op.reference(*args)
+    assert all(a.stride() == b.stride() and a.dtype is b.dtype for a, b in zip(out, eager, strict=True))
+    if adds:
+        assert torch.equal(out[0], eager[0])
+        out, eager = out[1], eager[1]
+    assert_as_exact_as_eager(op.__name__.rpartition(".")[2], out, eager, exact)
+    return out, eager
+
+
+def norm_weights(N, dtype, device):
+    """Weight and bias pairs: of the model's dtype, fp32, and none."""
+    w, b = torch.randn(2, N, device=device)
+    return [(w.to(dtype), b.to(dtype)), (w, b), (None, None)]
+
+
+def check_rms_casts(x, weight, unit_offset, cast_first):
+    """The roundings are those of the reference: where a different sum makes them differ, by two units in the last
+    place at most, and hardly anywhere."""
+    args = (x, weight, 1e-6, unit_offset, cast_first)
+    out, eager = rms_norm.run_triton(*args), rms_norm.reference(*args)
+    assert out.dtype is eager.dtype
+    if x.dtype is not torch.float32:
+        apart = (out.contiguous().view(torch.int16).int() - eager.contiguous().view(torch.int16).int()).abs()
+        assert apart.max() <= 2 and (apart > 0).float().mean() < 2e-3
+
+
+def heads(B, H, S, D, dtype, device, extra=0):
+    """[B, H, S, D], a view of a merged projection that is ``extra`` channels wider."""
+    x = torch.randn(B, S, H * D + extra, device=device).to(dtype)
+    return x[..., extra:].view(B, S, H, D).transpose(1, 2)
+
+
+def tables(kind, B, S, R, dtype, device):
+    """cos and sin of any kind that broadcasts to [B, 1, S, R]; their halves do not repeat."""
+    cos, sin = torch.randn(2, B, S, R, device=device).to(dtype)
+    if kind == "shared":
+        return cos[:1, None], sin[:1, None]
+    if kind == "expanded":
+        return cos[:1, None].expand(B, 1, S, R), sin[:1, None].expand(B, 1, S, R)
+    if kind == "transposed":
+        return cos.mT.contiguous().mT[:, None], sin.mT.contiguous().mT[:, None]
+    if kind == "flat":
+        return cos[0], sin[0]
+    return cos[:, None], sin[:, None]
+
+
+TABLES = ["batched", "shared", "expanded", "transposed", "flat"]
+
+
+def exact_rope(x, cos, sin, interleaved):
+    return rope.reference(x.double(), cos.double(), sin.double(), interleaved)
+
+
+def check_rope(x, cos, sin, interleaved):
+    assert rope.supports_triton(x, cos, sin, interleaved) is None
+    out, eager = rope.run_triton(x, cos, sin, interleaved), rope.reference(x, cos, sin, interleaved)
+    assert out.stride() == eager.stride() and out.dtype is eager.dtype
+    R = cos.shape[-1]
+    assert torch.equal(out[..., R:], x[..., R:])
+    assert_as_exact_as_eager("rope", out, eager, exact_rope(x, cos, sin, interleaved))
+
+
+def caches(B, H, L, D, Dv, dtype, device):
+    """Keys and values with a storage offset and gaps around each head, so that a write outside shows."""
+    keys = torch.randn(B, H + 1, L + 2, D + 8, device=device).to(dtype)
+    values = torch.randn(B, H + 1, L + 2, Dv + 8, device=device).to(dtype)
+    return keys, values, keys[:, 1:, 1:-1, 8:], values[:, 1:, 1:-1, 8:]
+
+
+def check_append(B, H, S, L, D, Dv, dtype, device):
+    k, v = heads(B, H, S, D, dtype, device, 16), torch.randn(B, H, S, Dv, device=device).to(dtype)
+    pos = torch.randperm(L, device=device)[:S]
+    whole_keys, whole_values, keys, values = caches(B, H, L, D, Dv, dtype, device)
+    want_keys, want_values = keys.clone(), values.clone()
+    kv_append.reference(want_keys, want_values, k, v, pos)
+    before = whole_keys.clone(), whole_values.clone()
+    assert kv_append.supports_triton(keys, values, k, v, pos) is None
+    kv_append.run_triton(keys, values, k, v, pos)
+    assert torch.equal(keys, want_keys) and torch.equal(values, want_values)
+    for whole, old, inner in zip((whole_keys, whole_values), before, (want_keys, want_values), strict=True):
+        old[:, 1:, 1:-1, 8:] = inner
+        assert torch.equal(whole, old)
+
+
+def check_rope_append(B, H, kv_heads, S, L, D, Dv, R, kind, interleaved, dtype, device):
+    """The one launch equals rope and kv_append kernel by kernel, to the bit."""
+    q, k = heads(B, H, S, D, dtype, device, 16), heads(B, kv_heads, S, D, dtype, device)
+    v = heads(B, kv_heads, S, Dv, dtype, device, 8)
+    cos, sin = tables(kind, B, S, R, dtype, device)
+    pos = torch.randperm(L, device=device)[:S]
+    whole_keys, whole_values, keys, values = caches(B, kv_heads, L, D, Dv, dtype, device)
+    want_keys, want_values = whole_keys.clone(), whole_values.clone()
+    turned = rope.run_triton(k, cos, sin, interleaved)
+    kv_append.run_triton(want_keys[:, 1:, 1:-1, 8:], want_values[:, 1:, 1:-1, 8:], turned, v, pos)
+    args = (q, k, v, cos, sin, keys, values, pos, interleaved)
+    assert rope_append.supports_triton(*args) is None
+    out = rope_append.run_triton(*args)
+    assert torch.equal(out, rope.run_triton(q, cos, sin, interleaved)) and out.transpose(1, 2).is_contiguous()
+    assert torch.equal(whole_keys, want_keys) and torch.equal(whole_values, want_values)
+
+
+def check_gated_act(gate, up, act):
+    assert gated_act.supports_triton(gate, up, act) is None
+    out, eager = gated_act.run_triton(gate, up, act), gated_act.reference(gate, up, act)
+    assert out.is_contiguous() and out.dtype is eager.dtype
+    assert_as_exact_as_eager("gated_act", out, eager, gated_act.reference(gate.double(), up.double(), act))
+
+
+NORMS = [rms_norm, add_rms_norm, layer_norm, add_layer_norm]
