@@ -15,6 +15,7 @@ from tinyfuse.graph.lower import lower
 from tinyfuse.graph.normalize import normalize
 from tinyfuse.graph.rewrite import rewrite
 from tinyfuse.graph.tidy import batch_counters, drop_dead, share_common
+from tinyfuse.report import account
 
 MODES = (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 OPTIONS = ("leftovers",)
@@ -56,15 +57,14 @@ def _check(mode: str | None, options: dict[str, Any]) -> None:
 
 
 def compile_graph(gm: GraphModule) -> Callable[..., Any]:
-    """Rewrite a copy of ``gm``'s graph and return what runs it."""
+    """Rewrite a copy of ``gm``'s graph, put it into the current report and return what runs it."""
     graph = Graph()
-    originals: dict[Node, Node] = {}
-    output = graph.graph_copy(gm.graph, originals)
-    graph.output(output)
+    copies: dict[Node, Node] = {}
+    graph.output(graph.graph_copy(gm.graph, copies))
     normalize(graph)
     share_common(graph)
-    rewrite(graph, all_patterns())
+    outcome = rewrite(graph, all_patterns())
     batch_counters(graph)
     drop_dead(graph)
-    run, _ = lower(graph)
-    return run
+    run, choices = lower(graph)
+    return account(run, gm.graph, copies, outcome, choices)
