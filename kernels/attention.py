@@ -60,9 +60,26 @@ def decodes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, 
 
 
 def prefills(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool) -> str | None:
+    """A symbolic number of query rows is taken as few."""
     if q.dtype == torch.float32:
         return "the prefill kernel computes on 16-bit tensor cores; float32 stays with SDPA"
+    limit = 2048 if q.shape[3] <= 64 else 1024
+    if mask is None and isinstance(q.shape[2], int) and q.shape[2] > limit:
+        return f"without a mask SDPA is faster from {limit} query rows on"
     return unsupported(q, k, v, mask, scale, is_causal)
+
+
+def flashes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool) -> str | None:
+    if mask is not None or q.dtype == torch.float32:
+        return "SDPA's flash kernels take 16-bit inputs without a mask"
+    return None
+
+
+def flash(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool) -> Tensor:
+    """SDPA without the copies of keys and values that ``reference`` makes for grouped heads."""
+    grouped = q.shape[1] != k.shape[1]
+    out = F.scaled_dot_product_attention(q, k, v, None, 0.0, is_causal, scale=scale, enable_gqa=grouped)
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 # --- CPU ---
@@ -81,7 +98,7 @@ def supports_native(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale:
 def run_native(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool) -> Tensor:
     batch, heads, queries, width = q.shape
     _, kv_heads, length, value_width = v.shape
-    out = torch.empty((batch, queries, heads, value_width), dtype=q.dtype).transpose(1, 2)
+    out = q.new_empty(batch, queries, heads, value_width).transpose(1, 2)
     masking = (0, 0, 0, 0, 0, 0)
     if mask is not None:
         strides = (0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True))
@@ -103,6 +120,7 @@ OP = register(
     kernels=[
         Kernel("decode", "cuda", decodes, decode),
         Kernel("prefill", "cuda", prefills, prefill),
+        Kernel("sdpa", "cuda", flashes, flash),
         Kernel("native", "cpu", supports_native, run_native),
     ],
 )

@@ -98,7 +98,7 @@ def supports_native(gate: Tensor, up: Tensor, act: str) -> str | None:
 
 def run_native(gate: Tensor, up: Tensor, act: str) -> Tensor:
     width, shape = gate.shape[-1], gate.shape
-    y = torch.empty(shape, dtype=gate.dtype)
+    y = gate.new_empty(*shape)
     gate, up = _native.rows(gate), _native.rows(up)
     code = _native.function("tf_gated_act")(
         _pack(

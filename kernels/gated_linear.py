@@ -40,9 +40,9 @@ def run_native(
     b_gate: Tensor | None, b_up: Tensor | None, act: str,
 ) -> Tensor:  # fmt: skip
     x = x if x.is_contiguous() else x.contiguous()
-    y = x.new_empty((*x.shape[:-1], w_gate.shape[0]))
-    gate, up = _native.part(w_gate, s_gate, b_gate, None, y), _native.part(w_up, s_up, b_up, None, None)
-    _native.linear(x, w_gate, _native.ACTIVATIONS[act], gate, up)
+    y = _native.empty(x, w_gate.shape[0])
+    fields = _native.part(w_gate, s_gate, b_gate, None, y) + _native.part(w_up, s_up, b_up, None, None)
+    _native.linear(x, w_gate, _native.ACTIVATIONS[act], 2, fields)
     return y
 
 

@@ -43,8 +43,8 @@ def run_native(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | N
     x = x if x.is_contiguous() else x.contiguous()
     if residual is not None and not residual.is_contiguous():
         residual = residual.contiguous()
-    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
-    _native.linear(x, weight, _native.NO_ACTIVATION, _native.part(weight, scale, bias, residual, y))
+    y = _native.empty(x, weight.shape[0]) if residual is None else torch.empty_like(residual)
+    _native.linear(x, weight, _native.NO_ACTIVATION, 1, _native.part(weight, scale, bias, residual, y))
     return y
 
 

@@ -36,10 +36,12 @@ def run_native(
     x: Tensor, weights: list[Tensor], scales: list[Tensor | None], biases: list[Tensor | None]
 ) -> list[Tensor]:
     x = x if x.is_contiguous() else x.contiguous()
-    lead = x.shape[:-1]
-    outputs = [x.new_empty((*lead, weight.shape[0])) for weight in weights]
-    parts = [_native.part(w, s, b, None, y) for w, s, b, y in zip(weights, scales, biases, outputs, strict=True)]
-    _native.linear(x, weights[0], _native.NO_ACTIVATION, *parts)
+    outputs, fields = [], []
+    for weight, scale, bias in zip(weights, scales, biases, strict=True):
+        y = _native.empty(x, weight.shape[0])
+        outputs.append(y)
+        fields += _native.part(weight, scale, bias, None, y)
+    _native.linear(x, weights[0], _native.NO_ACTIVATION, len(weights), fields)
     return outputs
 
 

@@ -482,13 +482,15 @@ template <int V, class X> void widen_row(const X* x, i64 K, float* block, i64 m,
 template <class X> bool digits_row(const X* x, i64 K, int16_t* block, float* scales, i64 m, i64 mb) {
   for (i64 k0 = 0; k0 < K; k0 += DIGITS, scales++) {
     i64 end = std::min(k0 + DIGITS, K);
-    F8 top = {};
+    I8 top = {};  // magnitudes order as their bits do, NaN above all
     for (i64 k = k0; k < end; k += 8) {
-      F8 v = abs8(load_some(x + k, end - k));
-      top = select(top >= v, top, v);  // NaN enters
+      I8 v = (I8)abs8(load_some(x + k, end - k));
+      top = (v & (v > top)) | (top & ~(v > top));
     }
-    float largest = 0.0f;
-    for (int i = 0; i < 8; i++) largest = largest >= top[i] ? largest : top[i];
+    int32_t bits = top[0];
+    for (int i = 1; i < 8; i++) bits = std::max(bits, (int32_t)top[i]);
+    float largest;
+    std::memcpy(&largest, &bits, 4);
     if (!(largest < 3e38f) || (largest > 0.0f && largest < 1e-33f)) return false;
     *scales = largest / 32767.0f;
     float inverse = largest > 0.0f ? 32767.0f / largest : 0.0f;

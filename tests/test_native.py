@@ -1,0 +1,387 @@
+"""The CPU kernels against float64, with what eager code errs as the measure."""
+
+import ctypes
+import itertools
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests import row_ops
+from tests.tolerance import assert_as_exact_as_eager
+from tinyfuse.kernels import (
+    _native,
+    add_layer_norm,
+    add_rms_norm,
+    attention,
+    gated_act,
+    gated_linear,
+    kv_append,
+    layer_norm,
+    linear,
+    linear_group,
+    rms_norm,
+    rope,
+    rope_append,
+)
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def seed_and_poison():
+    """Uninitialised memory holds NaN."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def run(op, *args):
+    """The native kernel's result, after its ``supports`` agreed."""
+    assert op.supports_native(*args) is None
+    return op.run_native(*args)
+
+
+def activations(M, K, dtype, outlier=300.0):
+    x = torch.randn(M, K)
+    x[:, K // 3] *= outlier
+    return x.to(dtype)
+
+
+def int8_weight(N, K):
+    """Random int8 rows, the last of a wider buffer, and their scales."""
+    return torch.randint(-127, 128, (N, K + 7), dtype=torch.int8)[:, 7:], torch.rand(N) / K**0.5 / 60
+
+
+def float_weight(N, K, dtype):
+    """A view with a row stride and an offset that is not aligned."""
+    return (torch.randn(N, K + 3) / K**0.5).to(dtype)[:, 3:]
+
+
+def exact_linear(x, weight, scale, bias, residual):
+    wide = weight.double() if scale is None else weight.double() * scale.double()[:, None]
+    y = F.linear(x.double(), wide, None if bias is None else bias.double())
+    return y if residual is None else y + residual.double()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
+@pytest.mark.parametrize(
+    "M, N, K", [(1, 576, 576), (1, 37, 341), (2, 5, 1), (3, 192, 64), (8, 67, 1537), (19, 130, 300)]
+)
+def test_linear(M, N, K, dtype, int8, threads):
+    x = activations(M, K, dtype)
+    weight, scale = int8_weight(N, K) if int8 else (float_weight(N, K, dtype), None)
+    bias, residual = torch.randn(N).to(dtype), torch.randn(M, N).to(dtype)
+    for b, r in itertools.product((None, bias), (None, residual)):
+        args = (x, weight, scale, b, r)
+        exact, eager = exact_linear(*args), linear.reference(*args)
+        name = "linear on digits" if int8 and dtype is torch.float16 else "linear"
+        assert_as_exact_as_eager(name, run(linear, *args), eager, exact)
+
+
+@pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
+def test_linear_group_and_gated_linear(int8, threads):
+    x = activations(3, 576, torch.bfloat16)[None]
+    made = [int8_weight(n, 576) if int8 else (float_weight(n, 576, x.dtype), None) for n in (576, 192, 1, 192)]
+    weights, scales = [list(column) for column in zip(*made, strict=True)]
+    biases = [None, torch.randn(192).bfloat16(), None, None]
+    outs = run(linear_group, x, weights, scales, biases)
+    for out, *args in zip(outs, weights, scales, biases, strict=True):
+        eager = linear.reference(x, *args, None)
+        assert out.stride() == eager.stride()
+        assert_as_exact_as_eager("linear_group", out, eager, exact_linear(x, *args, None))
+    args = (x, weights[1], weights[3], scales[1], scales[3], biases[1], None)
+    gate = exact_linear(x, weights[1], scales[1], biases[1], None)
+    up = exact_linear(x, weights[3], scales[3], None, None)
+    for act, function in gated_act.ACTIVATIONS.items():
+        out, eager = run(gated_linear, *args, act), gated_linear.reference(*args, act)
+        assert_as_exact_as_eager("gated_linear", out, eager, function(gate) * up)
+
+
+@pytest.mark.parametrize("value", [1.0, -3.0])
+def test_int8_sums_do_not_overflow(value):
+    """Largest weights and constant activations: every product has the same sign."""
+    K = 20000
+    x = torch.full((1, K), value, dtype=torch.bfloat16)
+    weight = torch.full((8, K), 127, dtype=torch.int8)
+    weight[4:] = -128
+    out = run(linear, x, weight, torch.ones(8), None, None)
+    assert torch.equal(out, (x.double() @ weight.double().T).to(x.dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_nan_and_inf_propagate_like_eager(bad, dtype):
+    x = torch.randn(3, 96).to(dtype)
+    x[1, 70] = bad
+    for weight, scale in (int8_weight(33, 96), (float_weight(33, 96, dtype), None)):
+        out, eager = run(linear, x, weight, scale, None, None), linear.reference(x, weight, scale, None, None)
+        assert torch.equal(out.isnan(), eager.isnan()) and torch.equal(out.isinf(), eager.isinf())
+        assert out[[0, 2]].isfinite().all()
+    for op, args in ((rms_norm, (None, 1e-5, False, True)), (layer_norm, (None, None, 1e-5))):
+        out = run(op, x, *args)
+        assert torch.equal(out.isnan(), op.reference(x, *args).isnan())
+    assert torch.equal(run(gated_act, x, x, "silu").isnan(), gated_act.reference(x, x, "silu").isnan())
+    q = x[None, None].clone()
+    keys = torch.randn(1, 1, 9, 96).to(dtype)
+    out = run(attention, q, keys, keys, None, 0.1, False)
+    assert out[0, 0, 1].isnan().all() and out[0, 0, 0].isfinite().all()
+
+
+def test_zero_and_tiny_activations():
+    weight, scale = int8_weight(5, 40)
+    x = torch.zeros(2, 40, dtype=torch.bfloat16)
+    x[1] = 1e-38
+    out = run(linear, x, weight, scale, None, None)
+    assert torch.equal(out[0], torch.zeros_like(out[0]))
+    assert_as_exact_as_eager(
+        "linear", out, linear.reference(x, weight, scale, None, None), exact_linear(x, weight, scale, None, None)
+    )
+
+
+@pytest.mark.parametrize("layout", row_ops.LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("N", [1, 24, 341])
+def test_norms(layout, N, dtype):
+    x = row_ops.rows(layout, N, dtype, "cpu")
+    residual = torch.randn(x.shape).to(dtype)
+    for weight, bias in row_ops.norm_weights(N, dtype, "cpu"):
+        wide_w, wide_b = (None if t is None else t.double() for t in (weight, bias))
+        for given in ((x,), (x, residual)):
+            total = sum(t.double() for t in given)
+            for unit, cast in itertools.product((False, True), repeat=2):
+                op = rms_norm if len(given) == 1 else add_rms_norm
+                exact = total * torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + 1e-5)
+                exact = exact if weight is None else exact * (wide_w + unit)
+                check_norm(op, (*given, weight, 1e-5, unit, cast), exact)
+            op = layer_norm if len(given) == 1 else add_layer_norm
+            exact = F.layer_norm(total, (N,), wide_w, wide_b, 1e-5)
+            check_norm(op, (*given, weight, bias, 1e-5), exact)
+
+
+def check_norm(op, args, exact):
+    out, eager = run(op, *args), op.reference(*args)
+    if isinstance(out, tuple):
+        assert torch.equal(out[0], eager[0]) and out[0].stride() == eager[0].stride()
+        out, eager = out[1], eager[1]
+    assert out.stride() == eager.stride() and out.dtype is eager.dtype
+    assert_as_exact_as_eager(op.__name__.rpartition(".")[2], out, eager, exact)
+
+
+def test_long_inputs_use_all_threads(threads):
+    x = torch.randn(301, 576).bfloat16()
+    exact = F.layer_norm(x.double(), (576,), None, None, 1e-5)
+    check_norm(layer_norm, (x, None, None, 1e-5), exact)
+    gate, up = x.chunk(2, -1)
+    exact = F.silu(gate.double()) * up.double()
+    assert_as_exact_as_eager(
+        "gated_act", run(gated_act, gate, up, "silu"), gated_act.reference(gate, up, "silu"), exact
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("act", gated_act.ACTIVATIONS)
+def test_gated_act(act, dtype):
+    for layout in row_ops.LAYOUTS:
+        gate, up = (row_ops.rows(layout, 37, dtype, "cpu") * 4 for _ in range(2))
+        out, eager = run(gated_act, gate, up, act), gated_act.reference(gate, up, act)
+        assert out.stride() == eager.stride()
+        exact = gated_act.ACTIVATIONS[act](gate.double()) * up.double()
+        assert_as_exact_as_eager("gated_act", out, eager, exact)
+
+
+@pytest.mark.parametrize("table_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rope(interleaved, dtype, table_dtype):
+    if torch.float32 not in (dtype, table_dtype) and dtype is not table_dtype:
+        assert rope.supports_native(
+            torch.zeros(1, 1, 1, 2, dtype=dtype), *torch.zeros(2, 1, 2, dtype=table_dtype), False
+        )
+        return
+    for kind, R in (("batched", 48), ("shared", 6), ("expanded", 24), ("flat", 48)):
+        x = row_ops.heads(2, 3, 5, 48, dtype, "cpu", extra=7)
+        cos, sin = row_ops.tables(kind, 2, 5, R, table_dtype, "cpu")
+        out, eager = run(rope, x, cos, sin, interleaved), rope.reference(x, cos, sin, interleaved)
+        assert out.stride() == eager.stride()
+        assert torch.equal(out[..., R:], x[..., R:])
+        exact = rope.reference(x.double(), cos.double(), sin.double(), interleaved)
+        assert_as_exact_as_eager("rope", out, eager, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("S", [1, 5])
+def test_rope_append_writes_only_its_positions(S, dtype):
+    q = row_ops.heads(2, 6, S, 40, dtype, "cpu", extra=9)
+    k, v = row_ops.heads(2, 3, S, 40, dtype, "cpu"), row_ops.heads(2, 3, S, 24, dtype, "cpu")
+    cos, sin = row_ops.tables("shared", 2, S, 40, dtype, "cpu")
+    pos = torch.tensor([8, 1, 0, 5, 3])[:S]
+    caches = [torch.randn(2, 4, 11, 48).to(dtype) for _ in range(2)]
+    expected = [cache.clone() for cache in caches]
+    views, expected_views = ((c[:, 1:, 1:10, :40], d[:, 1:, 1:10, 3:27]) for c, d in (caches, expected))
+    out = run(rope_append, q, k, v, cos, sin, *views, pos, False)
+    assert torch.equal(out, run(rope, q, cos, sin, False))
+    kv_append.reference(*expected_views, run(rope, k, cos, sin, False), v, pos)
+    assert torch.equal(caches[0], expected[0]) and torch.equal(caches[1], expected[1])
+    run(kv_append, *views, k, v, pos)
+    kv_append.reference(*expected_views, k, v, pos)
+    assert torch.equal(caches[0], expected[0]) and torch.equal(caches[1], expected[1])
+
+
+@pytest.mark.parametrize("position", [-1, 9, 2**40])
+def test_positions_outside_the_cache_raise_and_write_nothing(position):
+    keys, values = torch.zeros(2, 1, 1, 9, 8)
+    k = torch.ones(1, 1, 2, 8)
+    with pytest.raises(IndexError):
+        kv_append.run_native(keys, values, k, k, torch.tensor([0, position]))
+    assert not keys.any() and not values.any()
+
+
+def attention_inputs(B, H, Hkv, Sq, Skv, D, Dv, dtype):
+    """q and k as merged projections give them, v with gaps between its rows."""
+    q = torch.randn(B, Sq, H, D + 3).to(dtype)[..., 3:].transpose(1, 2)
+    k = torch.randn(B, Hkv, Skv, D).to(dtype)
+    return q, k, torch.randn(B, Hkv, Skv + 1, Dv + 5).to(dtype)[:, :, 1:, :Dv]
+
+
+def check_attention(q, k, v, mask, is_causal, scale=0.2):
+    out = run(attention, q, k, v, mask, scale, is_causal)
+    eager = attention.reference(q, k, v, mask, scale, is_causal)
+    wide = mask if mask is None or mask.dtype is torch.bool else mask.double()
+    exact = attention.reference(q.double(), k.double(), v.double(), wide, scale, is_causal)
+    assert out.transpose(1, 2).is_contiguous()
+    assert_as_exact_as_eager("attention", out, eager, exact)
+    return out
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "B, H, Hkv, Sq, Skv, D, Dv",
+    [(1, 9, 3, 1, 300, 64, 64), (2, 4, 2, 3, 77, 40, 24), (1, 2, 2, 1, 1, 8, 1), (1, 6, 1, 23, 130, 33, 20)],
+)
+def test_attention(B, H, Hkv, Sq, Skv, D, Dv, dtype, threads):
+    q, k, v = attention_inputs(B, H, Hkv, Sq, Skv, D, Dv, dtype)
+    check_attention(q, k, v, None, False)
+    check_attention(q, k, v, None, True)
+    mask = torch.rand(B, 1, Sq, Skv) > 0.4
+    mask[..., : Skv // 3] = False
+    mask[..., -1] = True
+    check_attention(q, k, v, mask, False)
+    check_attention(q, k, v, (torch.rand(B, H, Sq, Skv) > 0.4) | mask, False)
+    check_attention(q, k, v, torch.randn(1, H, 1, Skv).to(dtype), False)
+    check_attention(q, k, v, torch.where(mask, 0.0, torch.finfo(dtype).min).to(dtype), False)
+
+
+def test_left_padding_and_fully_masked_rows():
+    q, k, v = attention_inputs(3, 4, 2, 2, 200, 64, 64, torch.bfloat16)
+    mask = torch.zeros(3, 1, 2, 200, dtype=torch.bool)
+    mask[0, ..., 150:170] = True
+    mask[1, :, 1, 3] = True
+    out = check_attention(q, k, v, mask, False)
+    assert not out[2].any() and not out[1, :, 0].any()
+    alone = run(attention, q[:1], k[:1, :, 150:170], v[:1, :, 150:170], None, 0.2, False)
+    assert_as_exact_as_eager("attention", out[:1], alone, alone.double())
+
+
+def test_unsupported_arguments_are_declined_with_a_reason():
+    x, weight = torch.randn(2, 8), torch.randn(4, 8)
+    assert "rows are contiguous" in linear.supports_native(x, torch.randn(8, 4).T, None, None, None)
+    assert "x's dtype" in linear.supports_native(x, weight.bfloat16(), None, None, None)
+    assert "floating" in linear.supports_native(x.double(), weight.double(), None, None, None)
+    assert "scale" in linear.supports_native(x, weight.to(torch.int8), torch.ones(4, 1), None, None)
+    assert "relu6" in gated_act.supports_native(x, x, "relu6")
+    assert "dtype" in rms_norm.supports_native(x.to(torch.float64), None, 1e-5, False, False)
+
+
+def test_one_thread_pool():
+    """The kernels run on the pool that torch has: no second OpenMP library is loaded."""
+    code = """
+import torch
+from tinyfuse.kernels import _native, linear
+pools = lambda: {line.split()[-1] for line in open("/proc/self/maps") if "omp" in line}
+before = pools()
+linear.run_native(torch.randn(4, 512), torch.randn(512, 512), None, None, None)
+assert pools() == before, pools()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.fixture
+def tiny_source(tmp_path, monkeypatch):
+    """A library that compiles at once, so that the cache can be tested."""
+    source = tmp_path / "tiny.cpp"
+    source.write_text('extern "C" int tf_version() { return 1; }')
+    monkeypatch.setattr(_native, "SOURCE", source)
+    return source
+
+
+def test_cache_is_used_and_a_damaged_file_is_rebuilt(tiny_source, tmp_path, monkeypatch):
+    folder = tmp_path / "cache"
+    _native.build(folder)
+    (target,) = folder.glob("*.so")
+    monkeypatch.setattr(_native, "_compile", None)
+    _native.build(folder)
+    monkeypatch.undo()
+    monkeypatch.setattr(_native, "SOURCE", tiny_source)
+    target.unlink()  # a library that is mapped must not change under its process
+    target.write_bytes(b"not a library")
+    assert isinstance(_native.build(folder), ctypes.CDLL)
+
+
+def test_a_change_of_the_source_builds_anew(tiny_source, tmp_path):
+    _native.build(tmp_path / "cache")
+    tiny_source.write_text(tiny_source.read_text() + "\n// changed")
+    _native.build(tmp_path / "cache")
+    assert len(list((tmp_path / "cache").glob("*.so"))) == 2
+
+
+def test_concurrent_builds_leave_one_library(tiny_source, tmp_path):
+    with ThreadPoolExecutor(4) as pool:
+        libraries = list(pool.map(_native.build, [tmp_path / "cache"] * 4))
+    assert all(library.tf_version() == 1 for library in libraries)
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_an_unusable_cache_falls_back_to_a_temporary_folder(tiny_source, tmp_path, monkeypatch):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    monkeypatch.setenv("TINYFUSE_CACHE", str(blocked / "cache"))
+    monkeypatch.setattr(_native.tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(_native, "_torch_pool", list)
+    tiny_source.write_text(tiny_source.read_text() + ' extern "C" void tf_init() {}')
+    _native.library.__wrapped__()
+    assert list((tmp_path / "tmp").glob("*/native-*.so"))
+
+
+def test_a_folder_that_others_can_write_is_not_trusted(tiny_source, tmp_path):
+    folder = tmp_path / "open"
+    folder.mkdir()
+    folder.chmod(0o777)
+    with pytest.raises(PermissionError):
+        _native.build(folder)
+
+
+def test_without_a_compiler_the_reason_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(_native.shutil, "which", lambda name: None)
+    with pytest.raises(_native.BuildError, match=r"install g\+\+"):
+        _native.compiler()
+
+
+def test_a_compiler_that_fails_is_reported(tiny_source, tmp_path):
+    tiny_source.write_text("this is not C++")
+    with pytest.raises(_native.BuildError, match="cannot compile"):
+        _native.build(tmp_path / "cache")
