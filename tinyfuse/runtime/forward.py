@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BACKEND = "eager"
+BACKEND = "tinyfuse"
 # The dimension that grows with the prompt, by the names transformers uses; the last one where the rank varies.
 SEQUENCE_INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
 

@@ -1,0 +1,218 @@
+"""The decode loop on CUDA: one graph per token, the tokens, the random numbers and the memory of the stock loop."""
+
+import copy
+import gc
+import threading
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig, MistralConfig, MixtralConfig
+from transformers.generation.streamers import BaseStreamer
+
+from tinyfuse.optimize import optimize, restore
+from tinyfuse.runtime.step import Step
+
+pytestmark = pytest.mark.gpu
+
+SIZE = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 96,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+}
+FAMILIES = {
+    "llama": LlamaConfig(**SIZE),
+    "mistral": MistralConfig(**SIZE, sliding_window=6),
+    "gemma2": Gemma2Config(**SIZE, sliding_window=6, head_dim=16),
+    "gpt2": GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=96, n_positions=2048, tie_word_embeddings=False),
+    "mixtral": MixtralConfig(**SIZE, num_local_experts=4, sliding_window=None),
+}
+ONE = {"input_ids": torch.tensor([[5, 17, 33, 2, 8, 61, 7, 7, 90]])}
+PADDED = {
+    "input_ids": torch.tensor([[0, 0, 0, 5, 17, 33, 2, 8, 61], [9, 8, 7, 6, 5, 4, 3, 2, 1]]),
+    "attention_mask": torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1], [1] * 9]),
+}
+
+
+def build(family, seed=0):
+    """fp32, so that two ways to compute the same logits choose the same tokens."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(FAMILIES[family]).eval().cuda()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.mul_(4)
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+class Pair:
+    def __init__(self, family, seed=0):
+        self.stock = build(family, seed)
+        self.fast = optimize(copy.deepcopy(self.stock))
+
+    def same(self, prompt, seed=None, **arguments):
+        prompt = {name: value.cuda() for name, value in prompt.items()}
+        results = []
+        for model in (self.stock, self.fast):
+            torch.manual_seed(seed or 0)
+            tokens = model.generate(**prompt, **{"max_new_tokens": 24, "do_sample": seed is not None} | arguments)
+            results.append((getattr(tokens, "sequences", tokens), torch.rand(1, device="cuda")))
+        (expected, drawn), (tokens, drawn_too) = results
+        assert torch.equal(expected, tokens)
+        assert torch.equal(drawn, drawn_too), "the random numbers that follow differ"
+        return tokens
+
+    def runners(self):
+        return [
+            runner
+            for slot in self.fast._tinyfuse.pool.slots.values()
+            for step in slot.steps.values()
+            for runner in step.runners.values()
+        ]
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return Pair("llama")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(family):
+    pair = Pair(family)
+    for prompt in (ONE, PADDED):
+        for _ in range(2):
+            tokens = pair.same(prompt)
+            pair.same(prompt, seed=3)
+    assert len(set(tokens[:, 9:].flatten().tolist())) > 4
+    assert pair.fast._tinyfuse.fallbacks == []
+    assert pair.runners() and all(isinstance(r.__self__, torch.cuda.CUDAGraph) for r in pair.runners())
+
+
+def test_sampling_and_processors(llama):
+    for arguments in ({"top_k": 5}, {"top_p": 0.7, "temperature": 1.4}, {"repetition_penalty": 1.4}):
+        llama.same(PADDED, seed=1, **arguments)
+        llama.same(ONE, **{k: v for k, v in arguments.items() if k == "repetition_penalty"})
+
+
+@pytest.mark.parametrize("seed", [None, 5])
+def test_the_end_is_seen_late_but_not_too_late(llama, seed):
+    """The device runs ahead of the check: neither tokens nor random numbers nor scores may show it."""
+    tokens = llama.same(PADDED, seed=seed)[:, 9:]
+    for index in (0, 1, 2, 7, 23):
+        llama.same(PADDED, seed=seed, eos_token_id=tokens[:, index].tolist())
+        llama.same(PADDED, seed=seed, eos_token_id=tokens[:1, index].tolist())
+    out = llama.fast.generate(
+        **{name: value.cuda() for name, value in PADDED.items()},
+        do_sample=False,
+        max_new_tokens=24,
+        eos_token_id=llama.same(PADDED)[:, 12].tolist(),
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
+    assert len(out.scores) == out.sequences.shape[1] - 9
+    assert len({scores.data_ptr() for scores in out.scores}) == len(out.scores)
+    assert out.past_key_values.get_seq_length() == out.sequences.shape[1] - 1
+
+
+def test_streamer_gets_what_the_stock_loop_gives(llama):
+    class Seen(BaseStreamer):
+        def __init__(self):
+            self.tokens = []
+
+        def put(self, value):
+            assert value.device.type == "cpu"
+            self.tokens += value.flatten().tolist()
+
+        def end(self):
+            self.tokens.append("end")
+
+    eos = llama.same(ONE)[0, 14].item()
+    for options in ({}, {"eos_token_id": eos}):
+        streams = [Seen(), Seen()]
+        for model, stream in zip((llama.stock, llama.fast), streams, strict=True):
+            model.generate(ONE["input_ids"].cuda(), do_sample=False, max_new_tokens=16, streamer=stream, **options)
+        assert streams[0].tokens == streams[1].tokens
+
+
+def test_batch_and_length_change(llama):
+    for _ in range(2):
+        llama.same(ONE)
+        llama.same(PADDED, max_new_tokens=300)
+        llama.same(ONE, max_new_tokens=280)
+        llama.same({"input_ids": ONE["input_ids"].repeat(4, 1)})
+
+
+def test_two_models_interleaved(llama):
+    other = Pair("llama", seed=1)
+    for _ in range(3):
+        assert not torch.equal(llama.same(ONE), other.same(ONE))
+
+
+def test_replaced_weights_are_not_replayed():
+    pair = Pair("llama", seed=2)
+    before = pair.same(ONE)
+    for model in (pair.stock, pair.fast):
+        model.lm_head.weight.data = model.lm_head.weight.data.flip(0).clone()
+    after = pair.same(ONE)
+    for model in (pair.stock, pair.fast):
+        model.lm_head.weight.data.copy_(model.lm_head.weight.data.roll(3, 0))
+    last = pair.same(ONE)
+    assert not torch.equal(before, after) and not torch.equal(after, last)
+
+
+def test_threads_and_streams(llama):
+    prompts = [torch.randint(1, 96, (1, 5 + n), device="cuda") for n in range(8)]
+    expected = [llama.stock.generate(p, do_sample=False, max_new_tokens=15) for p in prompts]
+    results = [None] * 8
+    torch.cuda.synchronize()
+
+    def work(n):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            results[n] = llama.fast.generate(prompts[n], do_sample=False, max_new_tokens=15)
+            torch.cuda.current_stream().synchronize()
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(a, b) for a, b in zip(expected, results, strict=True))
+
+
+def test_greedy_tokens_do_not_wait_for_the_host(llama):
+    prompt = ONE["input_ids"].cuda()
+    llama.fast.generate(prompt, do_sample=False, max_new_tokens=30)
+    waits = []
+    run = Step.runner
+
+    def count(self, greedy=None):
+        torch.cuda.set_sync_debug_mode("error")
+        waits.append(1)
+        return run(self, greedy)
+
+    Step.runner = count
+    try:
+        llama.fast.generate(prompt, do_sample=False, max_new_tokens=30)
+    finally:
+        Step.runner = run
+        torch.cuda.set_sync_debug_mode("default")
+    assert waits == [1]
+
+
+def test_restore_gives_the_memory_back():
+    model = build("llama")
+    prompt = ONE["input_ids"].cuda()
+    model.generate(prompt, do_sample=False, max_new_tokens=4)
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    optimize(model).generate(prompt, do_sample=False, max_new_tokens=4)
+    model.generate(prompt, do_sample=False, max_new_tokens=4)
+    assert torch.cuda.memory_allocated() > before
+    restore(model)
+    gc.collect()
+    assert torch.cuda.memory_allocated() <= before + (1 << 16)
