@@ -18,6 +18,7 @@ from tinyfuse.kernels._triton import jit, pdl, tl, triton
 
 MASK_NONE, MASK_BOOL, MASK_FLOAT = 0, 1, 2
 MAX_ROWS = 16
+MAX_SPLITS = 64
 
 
 class Plan(NamedTuple):
@@ -161,13 +162,13 @@ def _decode(
 
 @jit
 def _combine(
-    out, partial, stats, splits, DV: tl.constexpr, BLOCK_DV: tl.constexpr, MAX_SPLITS: tl.constexpr, PDL: tl.constexpr
+    out, partial, stats, splits, DV: tl.constexpr, BLOCK_DV: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
-    s = tl.arange(0, MAX_SPLITS)
+    s = tl.arange(0, WIDTH)
     e = tl.arange(0, BLOCK_DV)
     slot = row * splits + s
     top = tl.load(stats + slot * 2, mask=s < splits, other=float("-inf"))
@@ -196,7 +197,7 @@ def plan(rows: int, programs: int, Skv: int, width: int, itemsize: int, device: 
     # stay small beside the keys from 8 blocks per split on.
     wave = 2 * _multiprocessors(device) / (programs * triton.cdiv(rows, block_r))
     splits = int(max(wave, min(2 * wave, blocks / 8)))
-    return Plan(block_r, block_n, max(1, min(splits, blocks, 128)), 2 if block_r == 16 else 4, 3)
+    return Plan(block_r, block_n, max(1, min(splits, blocks, MAX_SPLITS)), 2 if block_r == 16 else 4, 3)
 
 
 def mask_strides(mask: Tensor | None) -> tuple[int, int, int, int]:
@@ -240,7 +241,7 @@ def decode(
         kind, by_row, is_causal, split, ahead, **options,
     )  # fmt: skip
     if split:
-        _combine[(rows,)](
-            out, partial, stats, p.splits, DV, block_dv, max(2, triton.next_power_of_2(p.splits)), ahead, **options
-        )
+        width = triton.next_power_of_2(p.splits)
+        options["num_warps"] = 8 if width > 16 else 4
+        _combine[(rows,)](out, partial, stats, p.splits, DV, block_dv, width, ahead, **options)
     return out.transpose(1, 2)

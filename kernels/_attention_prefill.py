@@ -182,11 +182,13 @@ def _prefill(
     tl.store(out_ptr, acc, mask=rows_ok[:, None] & (e < DV)[None, :])
 
 
-def plan(width: int) -> Plan:
+def plan(Sq: int, width: int) -> Plan:
     """width: the larger padded head_dim."""
     if width > 128:
         return Plan(64, 64, 4, 2, 1)
-    return Plan(64, 64, 4, 3, 1)
+    if width <= 64 and Sq > 4096:
+        return Plan(128, 64, 4, 3, 1)
+    return Plan(64, 64, 4, 3 if Sq > 256 else 2, 2)
 
 
 _maps: list[tuple[tuple, StorageWeakRef, BlockMap]] = []
@@ -235,7 +237,7 @@ def prefill(
         return decode(q, k, v, mask, scale, is_causal)
     Skv, DV = v.shape[2:]
     block_d, block_dv = triton.next_power_of_2(D), triton.next_power_of_2(DV)
-    p = chosen or plan(max(block_d, block_dv))
+    p = chosen or plan(Sq, max(block_d, block_dv))
     kind = mask_kind(mask)
     tiles = columns = None
     map_b = map_h = 0

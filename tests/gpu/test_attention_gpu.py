@@ -162,3 +162,11 @@ def test_opcheck(Sq):
     torch.library.opcheck(torch.ops.tinyfuse.attention.default, (q, k, v, mask, 0.2, False), test_utils=tests)
     kernel, _ = OP.choose(q, k, v, mask, 0.2, False)
     assert kernel.name == ("decode" if Sq == 1 else "prefill") and not OP.broken
+
+
+def test_long_rows_without_a_mask_go_to_sdpa():
+    torch.manual_seed(0)
+    q, k, v = make_inputs((1, 4, 2, 2500, 2500, 128, 128))
+    kernel, _ = OP.choose(q, k, v, None, 0.1, True)
+    assert kernel.name == "sdpa"
+    check(lambda *args: OP(*args), q, k, v, None, True)

@@ -9,8 +9,8 @@ from tinyfuse.kernels import _attention_decode, _attention_prefill
 from tinyfuse.kernels.attention import reference
 
 # B, H, Hkv, Sq, Skv, D, Dv
-DECODE = [(1, 2, 2, 1, 37, 32, 32), (2, 4, 2, 1, 70, 40, 24), (1, 18, 1, 4, 41, 16, 16), (2, 2, 2, 5, 19, 32, 16)]
-PREFILL = [(1, 2, 2, 33, 33, 16, 16), (2, 4, 1, 40, 67, 24, 32), (1, 2, 1, 17, 5, 16, 16)]
+DECODE = [(1, 2, 2, 1, 37, 32, 32), (2, 4, 2, 1, 40, 40, 24), (1, 6, 1, 3, 35, 16, 16)]
+PREFILL = [(2, 2, 1, 20, 37, 16, 24), (1, 2, 2, 17, 5, 16, 16)]
 MASKS = ["none", "causal flag", "causal", "sliding", "padded", "by head", "dead", "float"]
 
 
