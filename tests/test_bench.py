@@ -158,7 +158,7 @@ ROW = {
     **{"ttft_ms": float, "tpot_ms": float, "prefill_tok_s": float, "decode_tok_s": float, "speedup_vs_eager": float},
     **{"speedup_vs_best_stock": float, "peak_mem_gb": type(None), "weights_gb": float, "mbu": float},
     **{"compile_s": float, "load_s": float, "quantize_s": type(None), "ppl": type(None), "kl": float, "top1": float},
-    **{"text": type(None), "values": dict, "differs_from_best_stock": bool, "same_text": float},
+    **{"text": type(None), "values": dict, "differs_from_best_stock": bool, "fused": type(None), "same_text": float},
 }
 
 

@@ -26,6 +26,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(error))
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch is not imported for a command that never got that far
+            raise
+        return _fail("out of GPU memory: give a smaller model, --batch or --prompt")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -135,16 +139,17 @@ def _bench(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
     )
     with _Progress() as progress:
-        outcome = bench(settings, progress.step)
-    show(outcome.result, _console())
-    _write_json(arguments.json, outcome.result)
-    return 1 if any("error" in row for row in outcome.result["rows"]) else 0
+        result = bench(settings, progress.step)
+    show(result, _console())
+    _write_json(arguments.json, result)
+    return 1 if any("error" in row for row in result["rows"]) else 0
 
 
 def _explain(arguments: argparse.Namespace) -> int:
     import torch
 
     from tinyfuse.bench import models
+    from tinyfuse.report import explain
 
     _check_json(arguments.json)
     device = torch.device(_torch_device(arguments.device))
@@ -153,7 +158,7 @@ def _explain(arguments: argparse.Namespace) -> int:
         loaded = models.load(arguments.model, arguments.preset, models.DTYPES[arguments.dtype], device, arguments.seed)
         progress.step("tracing it", 2)
         ids = torch.arange(arguments.prompt, device=device).expand(1, -1)
-        report = tinyfuse.explain(loaded.model, input_ids=ids % loaded.model.config.get_text_config().vocab_size)
+        report = explain(loaded.model, input_ids=ids % loaded.model.config.get_text_config().vocab_size)
     print(report)
     _write_json(arguments.json, report.to_dict())
     return 0
@@ -163,6 +168,7 @@ def _quantize(arguments: argparse.Namespace) -> int:
     import torch
 
     from tinyfuse.bench import models
+    from tinyfuse.quantize import quantize_
 
     _check_json(arguments.json)
     out = arguments.out
@@ -173,7 +179,7 @@ def _quantize(arguments: argparse.Namespace) -> int:
         progress.step("loading the model", 3)
         loaded = models.load(arguments.model, None, models.DTYPES[arguments.dtype], device)
         progress.step("quantising it", 3)
-        report = tinyfuse.quantize_(loaded.model, "int8")
+        report = quantize_(loaded.model, "int8")
         progress.step("writing it", 3)
         loaded.model.save_pretrained(out)
         if loaded.tokenizer is not None:

@@ -35,7 +35,7 @@ class Samples:
 
 def order(names: Sequence[str], repeat: int) -> list[str]:
     """Who runs when in a repeat: each variant is first, second, ... equally often."""
-    start = repeat % len(names)
+    start = repeat % max(1, len(names))
     return [*names[start:], *names[:start]]
 
 

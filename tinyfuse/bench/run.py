@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from tinyfuse.bench.environment import environment
 from tinyfuse.bench.measure import Samples, median
 from tinyfuse.bench.quality import WINDOW, WINDOWS, quality
 from tinyfuse.bench.variants import Variant
+from tinyfuse.report import collect
 
 WARM_UPS = 2  # the first pass compiles (and records CUDA graphs), the second one shows that nothing is left to compile
 
@@ -38,7 +39,8 @@ class Settings:
 
 @dataclass
 class Prepared:
-    """A variant ready to be timed. Seconds; bytes ``held`` on the GPU beyond the weights shared between variants."""
+    """A variant ready to be timed. Seconds; bytes ``held`` on the GPU beyond the weights shared between variants;
+    ``fused`` is the report's summary, empty for a stock variant."""
 
     variant: Variant
     model: nn.Module
@@ -46,18 +48,15 @@ class Prepared:
     quantize_s: float | None
     warm_up_s: float
     held: int
+    fused: dict[str, dict[str, int]]
 
 
-@dataclass
-class Outcome:
-    """``result`` is what ``--json`` writes; the models are still there for a report on what was fused."""
+def bench(settings: Settings, step: Callable[[str, int], None] = lambda text, total: None) -> dict[str, Any]:
+    """Run the benchmark and return what ``--json`` writes: ``{"environment": {...}, "rows": [{...}, ...]}``.
 
-    result: dict[str, Any]
-    models: dict[str, nn.Module] = field(default_factory=dict)
-
-
-def bench(settings: Settings, step: Callable[[str, int], None] = lambda text, total: None) -> Outcome:
-    """Run the benchmark. ``step(what happens next, number of steps)`` is called before every step."""
+    ``step(what happens next, number of steps)`` is called before every step. Raises UsageError for settings that
+    cannot be served; a variant that fails is a row with an ``error``.
+    """
     chosen = variants.choose(settings.variants)
     device = torch.device(settings.device)
     steps = 2 + len(chosen) * (1 + settings.repeats) + WINDOWS
@@ -72,32 +71,30 @@ def bench(settings: Settings, step: Callable[[str, int], None] = lambda text, to
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
 
     prompts = models.prompts(loaded, settings.batch, settings.prompt, settings.repeats + WARM_UPS, settings.seed)
+    windows = models.windows(loaded, WINDOWS, WINDOW, settings.seed)
     with _Warnings() as warnings:
-        prepared, errors = {}, {}
+        prepared: dict[str, Prepared] = {}
+        errors: dict[str, str] = {}
         for variant in chosen:
             step(f"preparing {variant.name}", steps)
             try:
                 prepared[variant.name] = _prepare(variant, loaded.model, prompts[:WARM_UPS], settings.gen)
             except Exception as error:  # one variant that fails is a row of the result, not the end of the run
                 errors[variant.name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-        for _ in range(settings.repeats * len(errors)):
-            step("timing", steps)
+        steps -= settings.repeats * len(errors)
         samples = measure.interleave(
             {name: ready.run for name, ready in prepared.items()},
             prompts[WARM_UPS:],
             settings.gen,
             step=lambda name: step(f"timing {name}", steps),
         )
-        judged = {
-            name: ready.model
-            for name, ready in prepared.items()
-            if ready.variant.own_forward or ready.variant.name == "stock-eager"
-        }
-        windows = models.windows(loaded, WINDOWS, WINDOW, settings.seed)
+        judged = {name: ready.model for name, ready in prepared.items() if ready.variant.own_forward}
+        judged |= {name: loaded.model for name in prepared.keys() & {"stock-eager"}}
         scores = quality(judged, loaded.model, windows, step=lambda: step("judging quality", steps))
-        step("measuring the read bandwidth", steps)
-        bandwidth = measure.read_bandwidth(device)
+    step("measuring the read bandwidth", steps)
+    bandwidth = measure.read_bandwidth(device)
 
+    unknown = {"ppl": None, "kl": None, "top1": None}
     rows = []
     for variant in chosen:
         row = {"variant": variant.name, "model": loaded.name, "dtype": settings.dtype, "device": device.type}
@@ -106,13 +103,13 @@ def bench(settings: Settings, step: Callable[[str, int], None] = lambda text, to
             row["error"] = errors[variant.name]
         else:
             row |= _row(prepared[variant.name], samples[variant.name], settings, loaded, load_s, bandwidth)
-            row |= scores.get(variant.name, {"ppl": None, "kl": None, "top1": None})
+            row |= scores.get(variant.name, unknown)
             if loaded.tokenizer is None:
                 row["ppl"] = None  # random weights on random tokens
         rows.append(row)
     compare(rows, samples)
     block = environment(device) | {"read_bandwidth_gb_s": round(bandwidth / 1e9, 1), "warnings": warnings.messages}
-    return Outcome({"environment": block, "rows": rows}, {name: ready.model for name, ready in prepared.items()})
+    return {"environment": block, "rows": rows}
 
 
 def _prepare(variant: Variant, model: nn.Module, prompts: list[Tensor], gen: int) -> Prepared:
@@ -128,7 +125,7 @@ def _prepare(variant: Variant, model: nn.Module, prompts: list[Tensor], gen: int
         variant.quantize(mine)
         measure.synchronize(device)
         quantize_s = time.perf_counter() - start
-    with fresh_cache():
+    with fresh_cache(), collect() as report:
         start = time.perf_counter()
         if variant.optimize is not None:
             mine = variant.optimize(mine)
@@ -137,7 +134,7 @@ def _prepare(variant: Variant, model: nn.Module, prompts: list[Tensor], gen: int
             run(prompt, 1)
             run(prompt, gen)
         warm_up_s = time.perf_counter() - start
-    return Prepared(variant, mine, run, quantize_s, warm_up_s, measure.allocated(device) - before)
+    return Prepared(variant, mine, run, quantize_s, warm_up_s, measure.allocated(device) - before, report.summary)
 
 
 def _row(ready: Prepared, samples: Samples, settings: Settings, loaded: models.Loaded, load_s: float, bandwidth: float):
@@ -166,6 +163,7 @@ def _row(ready: Prepared, samples: Samples, settings: Settings, loaded: models.L
         "load_s": round(load_s, 2),
         "quantize_s": None if ready.quantize_s is None else round(ready.quantize_s, 2),
         "text": text,
+        "fused": ready.fused or None,
         "values": {"ttft_ms": ttft, "tpot_ms": tpot, "total_ms": [1e3 * seconds for seconds in samples.full]},
     }
 

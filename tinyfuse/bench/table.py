@@ -76,6 +76,10 @@ def _lines(rows: list[dict[str, Any]], block: dict[str, Any]) -> Group:
     for row in judged:
         ppl = "" if row["ppl"] is None else f"perplexity {row['ppl']:.3f}, "
         lines.append(f"  {row['variant']}: {ppl}mean KL {row['kl']:.2e} nats, same top token {row['top1']:.2%}")
+    for row in rows:
+        if row.get("fused"):
+            kinds = ", ".join(f"{kind} {n['fused']} of {n['found']}" for kind, n in row["fused"].items())
+            lines.append(f"{row['variant']} fused: {kinds}")
     lines += [f"[yellow]warning[/yellow]: {escape(message)}" for message in dict.fromkeys(block["warnings"])]
     return Group(*lines)
 

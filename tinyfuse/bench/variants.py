@@ -47,9 +47,10 @@ def _compiled(prompt: int) -> dict[str, Any]:
 
 
 def _compile_config(**settings: Any) -> Any:
+    """Static shapes: a run has one prompt length, and Dynamo would make dynamic what another variant had smaller."""
     from transformers import CompileConfig
 
-    config = CompileConfig(**settings)
+    config = CompileConfig(dynamic=False, **settings)
     config._compile_all_devices = True  # generate() compiles by itself on a GPU only
     return config
 
@@ -61,15 +62,15 @@ def _torchao(model: nn.Module) -> None:
 
 
 def _tinyfuse_int8(model: nn.Module) -> Any:
-    import tinyfuse
+    from tinyfuse.quantize import quantize_
 
-    return tinyfuse.quantize_(model, "int8")
+    return quantize_(model, "int8")
 
 
 def _tinyfuse(model: nn.Module) -> nn.Module:
-    import tinyfuse
+    from tinyfuse.optimize import optimize
 
-    return tinyfuse.optimize(model)
+    return optimize(model)
 
 
 VARIANTS = {
