@@ -4,7 +4,7 @@
 
 Times are medians of CUDA-graph replays in microseconds per call. Each graph walks through copies of all tensors
 that together exceed the L2 cache twice, up to 64 of them: smaller cases find their inputs in L2, as a decode step
-does. Every output is first compared with eager code's. ``host`` is the Python time of one call, the device idle.
+does. Every output is first compared with eager code's. ``host`` is the Python time of one call.
 ``floor`` is the bytes of every input and output once, over the bandwidth of a large copy in the same run.
 Writes norm-<gpu>.json. ``--shard I N`` compiles every N-th case, untimed: N such processes fill the disk caches.
 """
@@ -199,20 +199,22 @@ def replay_time(call: Callable, sets: list[tuple[Tensor, ...]], seconds: float =
 
 
 def host_time(call: Callable, args: tuple[Tensor, ...]) -> float:
+    """Microseconds of Python per call, of 20 in a row."""
     times = []
-    for _ in range(50):
+    for _ in range(9):
         torch.cuda.synchronize()
         began = time.perf_counter()
-        call(*args)
-        times.append((time.perf_counter() - began) * 1e6)
+        for _ in range(20):
+            call(*args)
+        times.append((time.perf_counter() - began) * 5e4)
     return statistics.median(times)
 
 
 def copy_bandwidth() -> float:
-    """Bytes read and written per second by a copy of 1 GiB."""
-    x = torch.empty(2**30, dtype=torch.uint8, device="cuda").random_()
+    """Bytes read and written per second by a negation of 1 GiB."""
+    x = random(2**29)
     y = torch.empty_like(x)
-    return 2 * x.numel() / (replay_time(lambda a, b: b.copy_(a), [(x, y)]) * 1e-6)
+    return 2 * x.nbytes / (replay_time(lambda a, b: torch.neg(a, out=b), [(x, y)]) * 1e-6)
 
 
 def check(case: Case, args: tuple[Tensor, ...]) -> None:
@@ -235,6 +237,12 @@ def plain_launch():
     yield
     for module in modules:
         module.pdl = _triton.pdl
+
+
+def forget() -> None:
+    """Bind all kernels anew."""
+    for module in (rms_norm, layer_norm, rope, rope_append):
+        module.bind.cache_clear()
 
 
 def measure(case: Case, sweep: bool) -> dict:
@@ -264,15 +272,18 @@ def sweep_tiles(case: Case, sets: list[tuple[Tensor, ...]]) -> dict[str, float]:
         for n, warps in [(n, warps) for n in rows for warps in (1, 2, 4, 8, 16)]:
             if 4 <= n * block // (32 * warps) <= 64:
                 _rows.tile = lambda N, many, n=n, warps=warps: _rows.Tile(block, n, warps)
+                forget()
                 found[f"rows {n} warps {warps}"] = replay_time(case.ours, sets, 0.02)
         _rows.tile = chosen
     if "rope" in case.name:
-        chosen, options = _rows.heads_per_program, rope.options
+        chosen = _rows.heads_per_program
         for n, warps in [(n, warps) for n in (1, 2, 4, 8, 16, 32) for warps in (1, 2, 4, 8)]:
             _rows.heads_per_program = lambda H, D, tokens, n=n: min(n, H)
-            rope.options = rope_append.options = lambda _, ahead, warps=warps: options(warps, ahead)
+            rope.Launch = rope_append.Launch = lambda *args, warps=warps: _triton.Launch(*args[:3], warps, args[4])
+            forget()
             found[f"heads {n} warps {warps}"] = replay_time(case.ours, sets, 0.02)
-        _rows.heads_per_program, rope.options, rope_append.options = chosen, options, options
+        _rows.heads_per_program, rope.Launch, rope_append.Launch = chosen, _triton.Launch, _triton.Launch
+    forget()
     return found
 
 
@@ -290,6 +301,8 @@ def main() -> None:
             inputs = case.make()
             check(case, inputs)
             torch.compile(case.stock, dynamic=False)(*inputs)
+            if args.sweep:
+                sweep_tiles(case, [inputs])
         return
     bandwidth = copy_bandwidth()
     result = {"environment": environment("cuda"), "copy_bytes_per_s": bandwidth, "rows": []}

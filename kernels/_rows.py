@@ -26,7 +26,6 @@ class Rows(NamedTuple):
     strides: tuple[int, ...]
 
 
-@lru_cache(4096)
 def merge(shape: tuple[int, ...], *strides: tuple[int, ...]) -> Rows | None:
     """The rows that tensors of one ``shape`` share, in the order of the last one's memory; None if over three dims."""
     order = sorted((d for d, size in enumerate(shape) if size != 1), key=lambda d: -strides[-1][d])
@@ -48,7 +47,6 @@ def merge(shape: tuple[int, ...], *strides: tuple[int, ...]) -> Rows | None:
     return Rows(count, len(dims), (sizes[1], sizes[2]), tuple(flat))
 
 
-@lru_cache(4096)
 def merge_columns(shape: tuple[int, ...], *strides: tuple[int, ...]) -> tuple[int, Rows]:
     """(N, rows) of elementwise work: rows that follow each other in every tensor are one row of N columns."""
     N, d = shape[-1], len(shape) - 1
@@ -99,7 +97,6 @@ class Tile(NamedTuple):
     warps: int
 
 
-@lru_cache(4096)
 def tile(N: int, many: bool) -> Tile:
     """One row per program for long rows and for few rows (latency counts), else 2048 elements."""
     block = min(triton.next_power_of_2(N), MAX_BLOCK)
@@ -125,13 +122,32 @@ def empty_sum(x: Tensor, residual: Tensor) -> Tensor:
     return x.new_empty_strided(x.shape, _sum_strides(x.shape, x.stride(), residual.stride()))
 
 
-def plan(x: Tensor, residual: Tensor | None, total: Tensor | None, y: Tensor) -> tuple[int, Rows, Tile, bool]:
-    """(N, rows of x, residual, total and y, tile, whether to launch ahead); x and y stand in for what is None."""
-    N, x_strides, y_strides = x.shape[-1], x.stride()[:-1], y.stride()[:-1]
-    r_strides = x_strides if residual is None else residual.stride()[:-1]
-    t_strides = y_strides if total is None else total.stride()[:-1]
-    rows = merge(x.shape[:-1], x_strides, r_strides, t_strides, y_strides)
-    return N, rows, tile(N, rows.count > 1024), pdl(x.device)
+class Layout(NamedTuple):
+    """What a norm's launch depends on besides its flags: strides of x, residual, total (None: absent) and y."""
+
+    shape: tuple[int, ...]
+    x: tuple[int, ...]
+    residual: tuple[int, ...] | None
+    total: tuple[int, ...] | None
+    y: tuple[int, ...]
+    dtypes: tuple[torch.dtype | None, ...]
+    device: torch.device
+    ahead: bool
+
+
+def layout(x: Tensor, residual: Tensor | None, total: Tensor | None, y: Tensor, *weights: Tensor | None) -> Layout:
+    return Layout(
+        x.shape, x.stride(), None if residual is None else residual.stride(),
+        None if total is None else total.stride(), y.stride(),
+        (x.dtype, *(None if w is None else w.dtype for w in weights)), x.device, pdl(x.device),
+    )  # fmt: skip
+
+
+def plan(place: Layout) -> tuple[Rows, Tile]:
+    """The rows of x, residual, total and y, where x and y stand in for what is absent, and the tile."""
+    strides = place.x, place.residual or place.x, place.total or place.y, place.y
+    rows = merge(place.shape[:-1], *(s[:-1] for s in strides))
+    return rows, tile(place.shape[-1], rows.count > 1024)
 
 
 @jit
@@ -151,11 +167,14 @@ def offset(row, n1, n2, s0, s1, s2, DIMS: tl.constexpr):
 
 @jit
 def prefetch(pointer, N: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Bring N values into L2 before ``gdc_wait``: unlike a load, safe even if they are not written yet."""
-    at = tl.minimum(tl.arange(0, BLOCK_N // 8) * 8, N - 1) if BLOCK_N >= 8 else tl.arange(0, 1)
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointer + at], dtype=tl.int32, is_pure=False, pack=1
-    )
+    """Bring N values into L2 before ``gdc_wait``: unlike a load, safe even if they are not written yet.
+
+    Only the first program does: from thousands of programs, prefetches of the same lines cost half the bandwidth."""
+    if tl.program_id(0) == 0:
+        at = tl.minimum(tl.arange(0, BLOCK_N // 8) * 8, N - 1) if BLOCK_N >= 8 else tl.arange(0, 1)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointer + at], dtype=tl.int32, is_pure=False, pack=1
+        )
 
 
 @jit

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from functools import cache
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 
@@ -35,6 +36,28 @@ def pdl(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def options(num_warps: int, ahead: bool) -> dict[str, object]:
-    """Launch options of a kernel whose ``PDL`` flag is ``ahead``."""
-    return {"num_warps": num_warps, "launch_pdl": True} if ahead else {"num_warps": num_warps}
+class Launch:
+    """A kernel bound to everything but its tensors, which come first in its signature and keep dtypes and device.
+
+    Triton binds and specialises the arguments once; later calls, as long as all tensors begin at multiples of
+    16 bytes, launch the kernel that it compiled, which takes half the host time.
+    """
+
+    def __init__(self, kernel: Any, grid: tuple[int, ...], scalars: tuple[Any, ...], num_warps: int, ahead: bool):
+        """``ahead``: the kernel's ``PDL`` flag, whether it starts before the kernels in front of it end."""
+        self.kernel = kernel
+        self.grid = (*grid, 1, 1)[:3]
+        self.scalars = scalars
+        self.options = {"num_warps": num_warps, "launch_pdl": True} if ahead else {"num_warps": num_warps}
+        self.compiled: Any = None
+
+    def __call__(self, *tensors: torch.Tensor | None) -> None:
+        for x in tensors:
+            if x is not None and x.data_ptr() & 15:
+                self.kernel[self.grid](*tensors, *self.scalars, **self.options)
+                return
+        if self.compiled is None:
+            compiled = self.kernel[self.grid](*tensors, *self.scalars, **self.options)
+            self.compiled = compiled and compiled[self.grid]  # the interpreter compiles nothing
+        else:
+            self.compiled(*tensors, *self.scalars)

@@ -7,14 +7,15 @@ y contiguous, in their dtype; act(gate) is rounded to the dtype before the produ
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tinyfuse.kernels import _native, _rows
-from tinyfuse.kernels._triton import jit, options, pdl, tl
+from tinyfuse.kernels._triton import Launch, jit, pdl, tl, triton
 from tinyfuse.op import Kernel, register
 
 BLOCK_N = 1024
@@ -65,6 +66,18 @@ def _gated_act(
     tl.store(y + _rows.offset(row, n1, n2, y_0, y_1, y_2, DIMS) + col, out, mask=col < N)
 
 
+@lru_cache(4096)
+def bind(
+    shape: tuple[int, ...], gate: tuple[int, ...], up: tuple[int, ...], y: tuple[int, ...], act: str,
+    *dtype_device_ahead: Any,
+) -> Launch:  # fmt: skip
+    """gate, up, y: strides."""
+    N, rows = _rows.merge_columns(shape, gate, up, y)
+    per_row, ahead = triton.cdiv(N, BLOCK_N), dtype_device_ahead[-1]
+    scalars = (N, per_row, *rows.sizes, *rows.strides, act, BLOCK_N, rows.dims, ahead)
+    return Launch(_gated_act, (rows.count * per_row,), scalars, 4, ahead)
+
+
 def supports_triton(gate: Tensor, up: Tensor, act: str) -> str | None:
     if act not in ACTIVATIONS:
         return f"gated_act kernels know {', '.join(ACTIVATIONS)}, not {act}"
@@ -74,11 +87,8 @@ def supports_triton(gate: Tensor, up: Tensor, act: str) -> str | None:
 def run_triton(gate: Tensor, up: Tensor, act: str) -> Tensor:
     y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     if y.numel():
-        N, rows = _rows.merge_columns(gate.shape, gate.stride(), up.stride(), y.stride())
-        per_row, ahead = -(-N // BLOCK_N), pdl(gate.device)
-        _gated_act[(rows.count * per_row,)](
-            gate, up, y, N, per_row, *rows.sizes, *rows.strides, act, BLOCK_N, rows.dims, ahead, **options(4, ahead)
-        )
+        bound = bind(gate.shape, gate.stride(), up.stride(), y.stride(), act, y.dtype, y.device, pdl(y.device))
+        bound(gate, up, y)
     return y
 
 
@@ -100,14 +110,13 @@ def run_native(gate: Tensor, up: Tensor, act: str) -> Tensor:
     width, shape = gate.shape[-1], gate.shape
     y = gate.new_empty(*shape)
     gate, up = _native.rows(gate), _native.rows(up)
-    code = _native.function("tf_gated_act")(
+    _native.call(
+        "tf_gated_act",
         _pack(
             gate.data_ptr(), up.data_ptr(), y.data_ptr(), y.numel() // width, width, gate.stride(-2), up.stride(-2),
             _native.DTYPES[y.dtype], _native.ACTIVATIONS[act], _native.threads(),
-        )
+        ),
     )  # fmt: skip
-    if code:
-        _native.fail(code)
     return y
 
 

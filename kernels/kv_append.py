@@ -5,11 +5,14 @@ keys [B, H, L, D], values [B, H, L, Dv]; k [B, H, S, D], v [B, H, S, Dv] with an
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from tinyfuse.kernels import _native, _rows, _triton
-from tinyfuse.kernels._triton import jit, options, pdl, tl, triton
+from tinyfuse.kernels._triton import Launch, jit, pdl, tl, triton
 from tinyfuse.op import Kernel, register
 
 
@@ -51,6 +54,21 @@ def _kv_append(
     copy_heads(v + b * v_b + s * v_s, values + b * values_b + at * values_l, v_h, values_h, h, keep, DV, BLOCK_DV)
 
 
+@lru_cache(4096)
+def bind(
+    k_shape: tuple[int, ...], v_shape: tuple[int, ...], L: int, keys: tuple[int, ...], values: tuple[int, ...],
+    k: tuple[int, ...], v: tuple[int, ...], pos: tuple[int, ...], *dtypes_device_ahead: Any,
+) -> Launch:  # fmt: skip
+    """keys, values, k, v, pos: strides; L: the length of the cache."""
+    (B, H, S, D), DV, ahead = k_shape, v_shape[3], dtypes_device_ahead[-1]
+    block_h = _rows.heads_per_program(H, max(D, DV), B * S)
+    scalars = (
+        H, S, L, *pos, *keys[:3], *values[:3], *k[:3], *v[:3],
+        D, DV, triton.next_power_of_2(D), triton.next_power_of_2(DV), block_h, ahead,
+    )  # fmt: skip
+    return Launch(_kv_append, (B * S, triton.cdiv(H, block_h)), scalars, 4, ahead)
+
+
 def supports_triton(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, pos: Tensor) -> str | None:
     if _triton.missing:
         return _triton.missing
@@ -64,15 +82,10 @@ def supports_triton(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, pos: Ten
 
 
 def run_triton(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, pos: Tensor) -> None:
-    (B, H, S, D), DV = k.shape, v.shape[3]
-    if not k.numel():
-        return
-    block_h, ahead = _rows.heads_per_program(H, max(D, DV), B * S), pdl(k.device)
-    _kv_append[(B * S, -(-H // block_h))](
-        keys, values, k, v, pos, H, S, keys.shape[2], pos.stride(0),
-        *keys.stride()[:3], *values.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        D, DV, triton.next_power_of_2(D), triton.next_power_of_2(DV), block_h, ahead, **options(4, ahead),
-    )  # fmt: skip
+    if k.numel():
+        strides = keys.stride(), values.stride(), k.stride(), v.stride(), pos.stride()
+        bound = bind(k.shape, v.shape, keys.shape[2], *strides, k.dtype, v.dtype, k.device, pdl(k.device))
+        bound(keys, values, k, v, pos)
 
 
 # --- CPU ---

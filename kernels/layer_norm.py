@@ -8,12 +8,14 @@ Statistics and the affine map run in fp32 with one rounding at the end, as ``F.l
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tinyfuse.kernels import _native, _rows
-from tinyfuse.kernels._triton import jit, options, tl
+from tinyfuse.kernels._triton import Launch, jit, tl, triton
 from tinyfuse.op import Kernel, register
 
 
@@ -78,17 +80,23 @@ def _layer_norm(
             tl.store(y + start + col, out, mask=inside & (start + col < N))
 
 
+@lru_cache(4096)
+def bind(place: _rows.Layout, eps: float) -> Launch:
+    rows, tile = _rows.plan(place)
+    scalars = (
+        rows.count, eps, *rows.sizes, *rows.strides,
+        place.shape[-1], tile.block_n, tile.rows, rows.dims, place.ahead,
+    )  # fmt: skip
+    return Launch(_layer_norm, (triton.cdiv(rows.count, tile.rows),), scalars, tile.warps, place.ahead)
+
+
 def launch(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, total: Tensor | None, y: Tensor,
     eps: float,
 ) -> None:  # fmt: skip
     """y = layer_norm(x), or total = x + residual and y = layer_norm(total)."""
-    N, rows, tile, ahead = _rows.plan(x, residual, total, y)
-    if rows.count and N:
-        _layer_norm[(-(-rows.count // tile.rows),)](
-            x, residual, weight, bias, total, y, rows.count, eps, *rows.sizes, *rows.strides,
-            N, tile.block_n, tile.rows, rows.dims, ahead, **options(tile.warps, ahead),
-        )  # fmt: skip
+    if y.numel():
+        bind(_rows.layout(x, residual, total, y, weight, bias), eps)(x, residual, weight, bias, total, y)
 
 
 def supports_triton(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> str | None:

@@ -9,11 +9,13 @@ otherwise the product is fp32 and is rounded once (Gemma, OLMo 2).
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 from tinyfuse.kernels import _native, _rows
-from tinyfuse.kernels._triton import jit, options, tl
+from tinyfuse.kernels._triton import Launch, jit, tl, triton
 from tinyfuse.op import Kernel, register
 
 
@@ -89,17 +91,23 @@ def _rms_norm(
             tl.store(y + start + col, out, mask=inside & (start + col < N))
 
 
+@lru_cache(4096)
+def bind(place: _rows.Layout, eps: float, unit_offset: bool, cast_first: bool) -> Launch:
+    rows, tile = _rows.plan(place)
+    scalars = (
+        rows.count, eps, *rows.sizes, *rows.strides,
+        place.shape[-1], tile.block_n, tile.rows, rows.dims, unit_offset, cast_first, place.ahead,
+    )  # fmt: skip
+    return Launch(_rms_norm, (triton.cdiv(rows.count, tile.rows),), scalars, tile.warps, place.ahead)
+
+
 def launch(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, total: Tensor | None, y: Tensor,
     eps: float, unit_offset: bool, cast_first: bool,
 ) -> None:  # fmt: skip
     """y = rms_norm(x), or total = x + residual and y = rms_norm(total)."""
-    N, rows, tile, ahead = _rows.plan(x, residual, total, y)
-    if rows.count and N:
-        _rms_norm[(-(-rows.count // tile.rows),)](
-            x, residual, weight, total, y, rows.count, eps, *rows.sizes, *rows.strides,
-            N, tile.block_n, tile.rows, rows.dims, unit_offset, cast_first, ahead, **options(tile.warps, ahead),
-        )  # fmt: skip
+    if y.numel():
+        bind(_rows.layout(x, residual, total, y, weight), eps, unit_offset, cast_first)(x, residual, weight, total, y)
 
 
 def supports_triton(x: Tensor, weight: Tensor | None, eps: float, unit_offset: bool, cast_first: bool) -> str | None:

@@ -12,12 +12,13 @@ result is rounded to x's dtype. y is laid out in memory as [B, S, H, D].
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tinyfuse.kernels import _native, _rows, _triton
-from tinyfuse.kernels._triton import jit, options, pdl, tl, triton
+from tinyfuse.kernels._triton import Launch, jit, pdl, tl, triton
 from tinyfuse.op import Kernel, register
 
 
@@ -110,15 +111,14 @@ def _rope(
     )  # fmt: skip
 
 
-@lru_cache(4096)
 def blocks(D: int, R: int) -> tuple[int, int]:
     """BLOCK_R and BLOCK_TAIL of :func:`turn`."""
     return triton.next_power_of_2(R // 2), triton.next_power_of_2(D - R) if D > R else 0
 
 
-def table_strides(table: Tensor) -> tuple[int, int, int]:
+def table_strides(shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, int, int]:
     """Strides of a cos or sin along B, S and R; 0 where it is broadcast."""
-    steps = [0 if n == 1 else step for n, step in zip(table.shape, table.stride(), strict=True)]
+    steps = [0 if n == 1 else step for n, step in zip(shape, stride, strict=True)]
     steps = [0] * (4 - len(steps)) + steps
     return steps[0], steps[2], steps[3]
 
@@ -142,19 +142,31 @@ def unsupported(x: Tensor, cos: Tensor, sin: Tensor) -> str | None:
     return None
 
 
+@lru_cache(4096)
+def bind(
+    shape: tuple[int, ...], x: tuple[int, ...], table: tuple[int, ...], cos: tuple[int, ...], sin: tuple[int, ...],
+    interleaved: bool, *dtypes_device_ahead: Any,
+) -> Launch:  # fmt: skip
+    """x, cos, sin: strides; table: the shape of cos and sin."""
+    (B, H, S, D), R, ahead = shape, table[-1], dtypes_device_ahead[-1]
+    block_h = _rows.heads_per_program(H, D, B * S)
+    scalars = (
+        H, S, *x[:3], *table_strides(table, cos), *table_strides(table, sin),
+        D, R, interleaved, *blocks(D, R), block_h, ahead,
+    )  # fmt: skip
+    return Launch(_rope, (B * S, triton.cdiv(H, block_h)), scalars, 4, ahead)
+
+
 def supports_triton(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> str | None:
     return unsupported(x, cos, sin)
 
 
 def run_triton(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    (B, H, S, D), R = x.shape, cos.shape[-1]
+    B, H, S, D = shape = x.shape
     y = torch.empty((B, S, H, D), dtype=x.dtype, device=x.device)
     if y.numel():
-        block_h, ahead = _rows.heads_per_program(H, D, B * S), pdl(x.device)
-        _rope[(B * S, -(-H // block_h))](
-            x, y, cos, sin, H, S, *x.stride()[:3], *table_strides(cos), *table_strides(sin),
-            D, R, interleaved, *blocks(D, R), block_h, ahead, **options(4, ahead),
-        )  # fmt: skip
+        where = x.stride(), cos.shape, cos.stride(), sin.stride()
+        bind(shape, *where, interleaved, x.dtype, cos.dtype, sin.dtype, x.device, pdl(x.device))(x, y, cos, sin)
     return y.transpose(1, 2)
 
 

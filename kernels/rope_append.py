@@ -6,11 +6,14 @@ keys, values, pos as in ``kv_append``. Returns the rotated q, laid out in memory
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from tinyfuse.kernels import _native, _rows, kv_append, rope
-from tinyfuse.kernels._triton import jit, options, pdl, tl, triton
+from tinyfuse.kernels._triton import Launch, jit, pdl, tl, triton
 from tinyfuse.kernels.kv_append import copy_heads
 from tinyfuse.kernels.rope import turn
 from tinyfuse.op import Kernel, register
@@ -65,6 +68,25 @@ def _rope_append(
         )
 
 
+@lru_cache(4096)
+def bind(
+    shape: tuple[int, ...], kv_heads: int, DV: int, table: tuple[int, ...], L: int,
+    q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], cos: tuple[int, ...], sin: tuple[int, ...],
+    keys: tuple[int, ...], values: tuple[int, ...], pos: tuple[int, ...], interleaved: bool, *dtypes_device_ahead: Any,
+) -> Launch:  # fmt: skip
+    """shape: of q; table: the shape of cos and sin; L: the length of the cache; q ... pos: strides."""
+    (B, H, S, D), R, ahead = shape, table[-1], dtypes_device_ahead[-1]
+    block_h = _rows.heads_per_program(H, D, B * S)
+    block_kv = _rows.heads_per_program(kv_heads, max(D, DV), B * S)
+    q_groups = triton.cdiv(H, block_h)
+    scalars = (
+        H, kv_heads, S, L, q_groups, *pos, *q[:3], *k[:3], *v[:3],
+        *rope.table_strides(table, cos), *rope.table_strides(table, sin), *keys[:3], *values[:3],
+        D, DV, R, interleaved, *rope.blocks(D, R), triton.next_power_of_2(DV), block_h, block_kv, ahead,
+    )  # fmt: skip
+    return Launch(_rope_append, (B * S, q_groups + triton.cdiv(kv_heads, block_kv)), scalars, 4, ahead)
+
+
 def supports_triton(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, pos: Tensor,
     interleaved: bool,
@@ -80,21 +102,15 @@ def run_triton(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, pos: Tensor,
     interleaved: bool,
 ) -> Tensor:  # fmt: skip
-    (B, H, S, D), kv_heads, DV, R = q.shape, k.shape[1], v.shape[3], cos.shape[-1]
+    B, H, S, D = q.shape
     y = torch.empty((B, S, H, D), dtype=q.dtype, device=q.device)
-    if not y.numel():
-        return y.transpose(1, 2)
-    ahead = pdl(q.device)
-    block_h = _rows.heads_per_program(H, D, B * S)
-    block_kv = _rows.heads_per_program(kv_heads, max(D, DV), B * S)
-    q_groups = -(-H // block_h)
-    _rope_append[(B * S, q_groups + -(-kv_heads // block_kv))](
-        q, k, v, cos, sin, keys, values, pos, y, H, kv_heads, S, keys.shape[2], q_groups, pos.stride(0),
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *rope.table_strides(cos), *rope.table_strides(sin),
-        *keys.stride()[:3], *values.stride()[:3],
-        D, DV, R, interleaved, *rope.blocks(D, R), triton.next_power_of_2(DV), block_h, block_kv, ahead,
-        **options(4, ahead),
-    )  # fmt: skip
+    if y.numel():
+        strides = [x.stride() for x in (q, k, v, cos, sin, keys, values, pos)]
+        bound = bind(
+            q.shape, k.shape[1], v.shape[3], cos.shape, keys.shape[2], *strides, interleaved,
+            q.dtype, v.dtype, cos.dtype, sin.dtype, q.device, pdl(q.device),
+        )  # fmt: skip
+        bound(q, k, v, cos, sin, keys, values, pos, y)
     return y.transpose(1, 2)
 
 
