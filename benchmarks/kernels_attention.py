@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from triton.runtime.errors import OutOfResources
 
 from tinyfuse.kernels import _attention_decode as decoding
 from tinyfuse.kernels import _attention_prefill as prefilling
@@ -270,7 +271,7 @@ def main() -> None:
                 row["us"][name] = time_graph(call, sets, mask)
                 if name in ("stock", "tinyfuse"):
                     row["host_us"][name] = host_time(call, *sets[0], mask)
-            except RuntimeError as failure:
+            except (RuntimeError, OutOfResources) as failure:
                 row["failed"][name] = str(failure).splitlines()[0]
         additive.cache_clear()
         known.cache_clear()

@@ -8,7 +8,7 @@ row attends: the unwritten part of a cache costs one byte per position. Scores a
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from tinyfuse.kernels._triton import jit, pdl, tl, triton
 MASK_NONE, MASK_BOOL, MASK_FLOAT = 0, 1, 2
 MAX_ROWS = 16
 MAX_SPLITS = 64
+LONG_CACHE = 16384  # from here on, larger blocks are faster
 
 
 class Plan(NamedTuple):
@@ -187,17 +188,18 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-@cache
+@lru_cache(4096)
 def plan(rows: int, programs: int, Skv: int, width: int, itemsize: int, device: torch.device) -> Plan:
     """rows: query rows that share a kv head; programs: batch times kv heads; width: the larger padded head_dim."""
     block_r = min(64, max(16, triton.next_power_of_2(rows)))
-    block_n = max(16, min(64, 8192 // (width * itemsize)))
-    blocks = triton.cdiv(Skv, block_n)
-    # Two programs per multiprocessor hide the latency of a short cache, four that of a long one; partial results
-    # stay small beside the keys from 8 blocks per split on.
     wave = 2 * _multiprocessors(device) / (programs * triton.cdiv(rows, block_r))
-    splits = int(max(wave, min(2 * wave, blocks / 8)))
-    return Plan(block_r, block_n, max(1, min(splits, blocks, MAX_SPLITS)), 2 if block_r == 16 else 4, 3)
+    long = Skv >= LONG_CACHE
+    block_n = max(16, min(128, (16384 if long else 8192) // (width * itemsize)))
+    blocks = triton.cdiv(Skv, block_n)
+    # Two programs per multiprocessor, or four small ones once each has 8 blocks: partial results stay few.
+    splits = int(wave if long else max(wave, min(2 * wave, blocks / 8)))
+    warps = 4 if long or block_r > 16 else 2
+    return Plan(block_r, block_n, max(1, min(splits, blocks, MAX_SPLITS)), warps, 3)
 
 
 def mask_strides(mask: Tensor | None) -> tuple[int, int, int, int]:
@@ -242,6 +244,6 @@ def decode(
     )  # fmt: skip
     if split:
         width = triton.next_power_of_2(p.splits)
-        options["num_warps"] = 8 if width > 16 else 4
+        options["num_warps"] = 2 if width * block_dv <= 8192 else 4  # 8 cost 2 µs
         _combine[(rows,)](out, partial, stats, p.splits, DV, block_dv, width, ahead, **options)
     return out.transpose(1, 2)

@@ -60,12 +60,18 @@ def decodes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, 
 
 
 def prefills(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool) -> str | None:
-    """A symbolic number of query rows is taken as few."""
+    """The limits are where SDPA measured faster on an H200. A symbolic number of query rows is taken as few."""
+    rows, width = q.shape[2], q.shape[3]
     if q.dtype == torch.float32:
         return "the prefill kernel computes on 16-bit tensor cores; float32 stays with SDPA"
-    limit = 2048 if q.shape[3] <= 64 else 1024
-    if mask is None and isinstance(q.shape[2], int) and q.shape[2] > limit:
-        return f"without a mask SDPA is faster from {limit} query rows on"
+    if mask is None:
+        limit = 2048 if width <= 64 else 1024 if width <= 128 else 256
+        if isinstance(rows, int) and rows > limit:
+            return f"without a mask SDPA is faster from {limit} query rows on"
+    elif mask.dtype != torch.bool:
+        aligned = mask.dim() > 1 and isinstance(mask.stride(-2), int) and mask.stride(-2) % 8 == 0
+        if not (isinstance(rows, int) and rows <= 512 and width <= 128 and aligned):
+            return "with a floating mask SDPA is faster beyond 512 query rows, a head_dim of 128, or unaligned"
     return unsupported(q, k, v, mask, scale, is_causal)
 
 
