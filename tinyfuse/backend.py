@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch._dynamo.eval_frame import OptimizedModule
 from torch.fx import Graph, GraphModule, Node
 
 from tinyfuse import fallback
@@ -18,7 +20,6 @@ from tinyfuse.graph.tidy import batch_counters, drop_dead, share_common
 from tinyfuse.report import account
 
 MODES = (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-OPTIONS = ("leftovers",)
 
 
 def backend(
@@ -34,6 +35,7 @@ def backend(
     Raises ValueError for an unknown mode or option. Any other failure returns the stock graph, with a warning.
     """
     _check(mode, options or {})
+    _hint_generate()
     if os.environ.get("TINYFUSE_DISABLE") == "1":
         return gm.forward
     if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs):
@@ -51,9 +53,24 @@ def backend(
 def _check(mode: str | None, options: dict[str, Any]) -> None:
     if mode not in MODES:
         raise ValueError(f"tinyfuse: unknown mode {mode!r}; use one of {', '.join(map(repr, MODES))}")
-    unknown = sorted(set(options) - set(OPTIONS))
-    if unknown:
-        raise ValueError(f"tinyfuse: unknown options {unknown}; use {', '.join(OPTIONS)}")
+    if options:
+        raise ValueError(f"tinyfuse: unknown options {sorted(options)}; there are none yet")
+
+
+def _hint_generate() -> None:
+    """``generate`` of what ``torch.compile(model)`` returns calls the model inside the wrapper: say so, once."""
+    frame = sys._getframe()
+    while frame is not None:
+        wrapper = frame.f_locals.get("self")
+        if isinstance(wrapper, OptimizedModule):
+            if callable(getattr(wrapper._orig_mod, "generate", None)):
+                fallback.hint(
+                    "backend",
+                    "torch.compile(model) covers model(...) but not model.generate(...), which calls the original "
+                    "forward: use tinyfuse.optimize(model), or model.compile(backend='tinyfuse')",
+                )
+            return
+        frame = frame.f_back
 
 
 def compile_graph(gm: GraphModule) -> Callable[..., Any]:

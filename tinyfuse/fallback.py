@@ -24,6 +24,13 @@ def note(where: str, reason: str) -> None:
     seen[where, reason] += 1
 
 
+def hint(where: str, advice: str) -> None:
+    """Tell once what would serve the user better; nothing failed."""
+    if (where, advice) not in seen:
+        log.warning("%s: %s", where, advice)
+    seen[where, advice] += 1
+
+
 def record(where: str, reason: str, error: BaseException | None = None) -> None:
     """Count a step down and warn the first time; raise in error mode."""
     if mode == "error":

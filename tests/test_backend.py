@@ -1,0 +1,147 @@
+"""The backend by name: every way torch and transformers reach it, its fallbacks, its gradients."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers.generation import CompileConfig
+
+from tests.models import build
+from tinyfuse import backend as backend_module
+from tinyfuse import fallback
+from tinyfuse.backend import backend
+
+
+@pytest.fixture
+def llama():
+    torch._dynamo.reset()
+    return build("llama")
+
+
+@pytest.fixture(autouse=True)
+def forget_warnings(monkeypatch):
+    monkeypatch.setattr(fallback, "seen", type(fallback.seen)())
+
+
+def assert_forward_equals(compiled, model, inputs) -> None:
+    with torch.no_grad():
+        expected, got = model(**inputs).logits, compiled(**inputs).logits
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_by_name_without_an_import() -> None:
+    code = (
+        "import torch; m = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4)).eval()\n"
+        "x = torch.randn(2, 4)\n"
+        "with torch.no_grad(): torch.testing.assert_close(torch.compile(m, backend='tinyfuse')(x), m(x))\n"
+        "import sys; assert 'tinyfuse.backend' in sys.modules and 'transformers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune"])
+def test_torch_compile_accepts_modes(llama, mode) -> None:
+    model, inputs = llama
+    assert_forward_equals(torch.compile(model, backend=backend, mode=mode), model, inputs)
+
+
+def test_module_compile_covers_generate(llama) -> None:
+    model, inputs = llama
+    stock = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    compiled = copy.deepcopy(model)
+    compiled.compile(backend="tinyfuse")
+    assert torch.equal(compiled.generate(**inputs, max_new_tokens=4, do_sample=False), stock)
+
+
+def test_compile_config_reaches_the_backend(llama, monkeypatch) -> None:
+    model, inputs = llama
+    kwargs = dict(max_new_tokens=5, do_sample=False, cache_implementation="static")
+    stock = model.generate(**inputs, **kwargs, disable_compile=True)
+    graphs = []
+    compile_graph = backend_module.compile_graph
+    monkeypatch.setattr(backend_module, "compile_graph", lambda gm: graphs.append(gm) or compile_graph(gm))
+    config = CompileConfig(backend="tinyfuse")
+    config._compile_all_devices = True
+    assert torch.equal(model.generate(**inputs, **kwargs, compile_config=config), stock)
+    assert len(graphs) == 1
+
+
+def test_whoever_wraps_a_generating_model_is_told_once(llama, caplog) -> None:
+    model, inputs = llama
+    with caplog.at_level(logging.WARNING, "tinyfuse"), torch.no_grad():
+        for length in (5, 7):
+            torch.compile(model, backend="tinyfuse", dynamic=False)(inputs["input_ids"][:, :length])
+    told = [r.getMessage() for r in caplog.records if "model.generate" in r.getMessage()]
+    assert len(told) == 1 and "tinyfuse.optimize(model)" in told[0]
+
+
+def test_gradients_are_those_of_the_stock_graph(llama, caplog) -> None:
+    model, inputs = llama
+    ids = inputs["input_ids"]
+
+    def gradients(call) -> list[torch.Tensor]:
+        model.zero_grad()
+        call(input_ids=ids, labels=ids).loss.backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    expected = gradients(model)
+    with caplog.at_level(logging.WARNING, "tinyfuse"):
+        got = gradients(torch.compile(model, backend="tinyfuse"))
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    assert any("torch.no_grad()" in r.getMessage() for r in caplog.records)
+
+
+def test_a_failing_compilation_runs_the_stock_graph(llama, monkeypatch, caplog) -> None:
+    model, inputs = llama
+    monkeypatch.setattr(backend_module, "normalize", lambda graph: 1 / 0)
+    with caplog.at_level(logging.WARNING, "tinyfuse"):
+        assert_forward_equals(torch.compile(model, backend="tinyfuse"), model, inputs)
+    assert any("the stock graph runs: ZeroDivisionError" in r.getMessage() for r in caplog.records)
+
+
+def test_a_failing_kernel_is_replaced_by_its_reference(llama, monkeypatch, caplog) -> None:
+    from tinyfuse.op import OPS, Kernel
+
+    def fail(*args):
+        raise RuntimeError("no such instruction")
+
+    model, inputs = llama
+    op = OPS["gated_linear"]
+    monkeypatch.setattr(op, "kernels", (Kernel("broken", "cpu", lambda *args: None, fail),))
+    monkeypatch.setattr(op, "broken", {})
+    with caplog.at_level(logging.WARNING, "tinyfuse"):
+        assert_forward_equals(torch.compile(model, backend="tinyfuse"), model, inputs)
+    assert any("gated_linear/broken" in r.getMessage() for r in caplog.records)
+
+
+def test_error_mode_raises_instead_of_falling_back(llama, monkeypatch) -> None:
+    model, inputs = llama
+    monkeypatch.setattr(fallback, "mode", "error")
+    monkeypatch.setattr(backend_module, "normalize", lambda graph: 1 / 0)
+    with torch.no_grad(), pytest.raises(Exception, match="the stock graph runs"):
+        torch.compile(model, backend="tinyfuse")(**inputs)
+
+
+def test_disabled_by_the_environment(llama, monkeypatch) -> None:
+    model, inputs = llama
+    monkeypatch.setenv("TINYFUSE_DISABLE", "1")
+    monkeypatch.setattr(backend_module, "compile_graph", lambda gm: 1 / 0)
+    assert_forward_equals(torch.compile(model, backend="tinyfuse"), model, inputs)
+
+
+@pytest.mark.parametrize(
+    ("given", "named"), [({"mode": "fastest"}, "reduce-overhead"), ({"options": {"nope": 1}}, "unknown options")]
+)
+def test_unknown_modes_and_options_are_named(given, named) -> None:
+    with pytest.raises(ValueError, match=named):
+        backend(torch.fx.symbolic_trace(torch.nn.Identity()), [], **given)
+
+
+def test_survives_a_deep_copy() -> None:
+    assert copy.deepcopy(CompileConfig(backend=backend)).backend is backend
