@@ -20,6 +20,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from threading import get_ident
 
 import torch
 
@@ -168,21 +169,29 @@ def unavailable() -> str | None:
 
 @functools.cache
 def function(name: str):
-    """A kernel by its C name, taking one packed struct as ``bytes``."""
+    """A kernel by its C name, taking one packed struct as ``bytes`` and returning an error code."""
     entry = getattr(library(), name)
     entry.argtypes, entry.restype = [ctypes.c_char_p], ctypes.c_int
     return entry
 
 
+tape: list[tuple[str, bytes]] | None = None  # where ``call`` writes what thread ``taping`` runs, see _program
+taping = 0
+
+
+def call(name: str, packed: bytes) -> None:
+    """Run a kernel; raises what its error code means."""
+    code = function(name)(packed)
+    if tape is not None and get_ident() == taping:
+        tape.append((name, packed))
+    if code:
+        error, text = ERRORS[code]
+        raise error(text)
+
+
 def packer(fields: str):
     """``struct`` packer of native 8-byte fields: ``q`` for integers and pointers, ``d`` for doubles."""
     return struct.Struct("=" + fields).pack
-
-
-def fail(code: int) -> None:
-    """Raise what a kernel's error code means."""
-    error, text = ERRORS[code]
-    raise error(text)
 
 
 def reason(*tensors: torch.Tensor | None) -> str | None:
@@ -227,16 +236,15 @@ def norm(
         total = torch.empty_like(x)
         residual_pointer, total_pointer = residual.data_ptr(), total.data_ptr()
     width = x.shape[-1]
-    code = function("tf_norm")(
+    call(
+        "tf_norm",
         _pack_norm(
             x.data_ptr(), residual_pointer, 0 if weight is None else weight.data_ptr(),
             0 if bias is None else bias.data_ptr(), total_pointer, y.data_ptr(),
             x.numel() // width, width, DTYPES[x.dtype], 0 if weight is None else DTYPES[weight.dtype],
             0 if bias is None else DTYPES[bias.dtype], center, unit_offset, cast_first, threads(), eps,
-        )
+        ),
     )  # fmt: skip
-    if code:
-        fail(code)
     return total, y
 
 
@@ -293,14 +301,13 @@ def linear(x: torch.Tensor, weight: torch.Tensor, act: int, count: int, fields: 
     ``act`` other than ``NO_ACTIVATION``: the parts are gate and up, and act(gate) * up goes to the first part's y.
     """
     width = weight.shape[1]
-    code = function("tf_linear")(
+    call(
+        "tf_linear",
         _pack_linear[count](
             x.data_ptr(), x.numel() // width, width, DTYPES[x.dtype], DTYPES[weight.dtype], act, threads(), count,
             *fields,
-        )
+        ),
     )  # fmt: skip
-    if code:
-        fail(code)
 
 
 def empty(x: torch.Tensor, width: int) -> torch.Tensor:
@@ -387,12 +394,11 @@ def rope(
     tables = (0,) * 8 if cos is None else ()
     if cos is not None:
         tables = (cos.data_ptr(), sin.data_ptr(), *_rotary(cos), *_rotary(sin), cos.shape[-1], DTYPES[cos.dtype])
-    code = function("tf_rope")(
+    call(
+        "tf_rope",
         _pack_rope(
             *(NO_VIEW if q is None else view(q)), *inputs, *(NO_VIEW if out is None else view(out)), *targets,
             *tables, batch, heads, kv_heads, steps, width, value_width, length, DTYPES[x.dtype], interleaved, threads(),
-        )
+        ),
     )  # fmt: skip
-    if code:
-        fail(code)
     return out

@@ -109,14 +109,13 @@ def run_native(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: floa
     if mask is not None:
         strides = (0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True))
         masking = (mask.data_ptr(), *strides, _native.DTYPES[mask.dtype])
-    code = _native.function("tf_attention")(
+    _native.call(
+        "tf_attention",
         _pack_native(
             *_native.view(q), *_native.view(k), *_native.view(v), *_native.view(out), *masking, batch, heads, kv_heads,
             queries, length, width, value_width, _native.DTYPES[q.dtype], is_causal, _native.threads(), scale,
-        )
+        ),
     )  # fmt: skip
-    if code:
-        _native.fail(code)
     return out
 
 

@@ -85,7 +85,7 @@ def supports_triton(gate: Tensor, up: Tensor, act: str) -> str | None:
 
 
 def run_triton(gate: Tensor, up: Tensor, act: str) -> Tensor:
-    y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    y = torch.empty_like(gate, memory_format=torch.contiguous_format)
     if y.numel():
         bound = bind(gate.shape, gate.stride(), up.stride(), y.stride(), act, y.dtype, y.device, pdl(y.device))
         bound(gate, up, y)

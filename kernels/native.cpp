@@ -190,6 +190,16 @@ Parallel gomp_parallel = nullptr;
 int (*omp_thread)() = nullptr;
 int (*omp_threads)() = nullptr;
 
+// One turn of waiting for another thread; after a while the core is offered to others.
+INLINE void relax(int spins) {
+  if (spins > 2000) sched_yield();
+#if defined(__x86_64__) || defined(__i386__)
+  _mm_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
 struct Shared {
   alignas(64) std::atomic<i64> next{0};
   alignas(64) std::atomic<int> arrived{0};
@@ -214,16 +224,42 @@ struct Team {
       shared->phase.store(phase + 1, std::memory_order_release);
       return;
     }
-    for (int spins = 0; shared->phase.load(std::memory_order_acquire) == phase; spins++) {
-      if (spins > 2000) sched_yield();
-#if defined(__x86_64__) || defined(__i386__)
-      _mm_pause();
-#elif defined(__aarch64__)
-      asm volatile("yield");
-#endif
+    for (int spins = 0; shared->phase.load(std::memory_order_acquire) == phase; spins++) relax(spins);
+  }
+};
+
+// A team that stays together for a whole tf_replay: its leader runs the calls and shares out each parallel body,
+// at the price of two spins instead of waking the pool.
+struct Crew {
+  int size;
+  void (*entry)(void*, int, int) = nullptr;
+  void* data = nullptr;
+  int members = 0;
+  alignas(64) std::atomic<int> ticket{0};
+  alignas(64) std::atomic<int> working{0};
+
+  void run(void (*body)(void*, int, int), void* region, int threads) {
+    entry = body, data = region, members = threads;
+    working.store(size - 1, std::memory_order_relaxed);
+    ticket.fetch_add(1, std::memory_order_release);
+    body(region, 0, threads);
+    for (int spins = 0; working.load(std::memory_order_acquire); spins++) relax(spins);
+  }
+  // The end of the replay is a ticket without a body.
+  void dismiss() {
+    entry = nullptr;
+    ticket.fetch_add(1, std::memory_order_release);
+  }
+  void follow(int id) {
+    for (int seen = 0;; seen++) {
+      for (int spins = 0; ticket.load(std::memory_order_acquire) == seen; spins++) relax(spins);
+      if (!entry) return;
+      if (id < members) entry(data, id, members);
+      working.fetch_sub(1, std::memory_order_release);
     }
   }
 };
+thread_local Crew* crew = nullptr;
 
 template <class Args> struct Region {
   void (*body)(const Args&, Team&);
@@ -231,16 +267,19 @@ template <class Args> struct Region {
   Shared shared;
 };
 
-template <class Args> void region_entry(void* data) {
+template <class Args> void region_entry(void* data, int id, int size) {
   auto* region = (Region<Args>*)data;
-  Team team{omp_thread(), omp_threads(), &region->shared};
+  Team team{id, size, &region->shared};
   region->body(*region->args, team);
 }
+template <class Args> void region_in_pool(void* data) { region_entry<Args>(data, omp_thread(), omp_threads()); }
 
 template <class Args> void run_team(i64 threads, void (*body)(const Args&, Team&), const Args& args) {
+  if (crew) threads = std::min<i64>(threads, crew->size);
   if (threads > 1 && gomp_parallel) {
     Region<Args> region{body, &args, {}};
-    gomp_parallel(region_entry<Args>, &region, (unsigned)threads, 0);
+    if (crew) crew->run(region_entry<Args>, &region, (int)threads);
+    else gomp_parallel(region_in_pool<Args>, &region, (unsigned)threads, 0);
     return;
   }
   Team alone{0, 1, nullptr};
@@ -1083,6 +1122,51 @@ extern "C" int tf_attention(const AttentionArgs* a) {
   else if (a->type == F16) run_team<AttentionWork>(threads, attention_body<f16>, w);
   else run_team<AttentionWork>(threads, attention_body<float>, w);
   return OK;
+}
+
+// ---------------------------------------------------------------- replay
+
+struct Call {
+  int (*kernel)(const void*);
+  const void* args;
+};
+struct ReplayArgs {
+  const Call* calls;
+  i64 count, threads;
+};
+
+namespace {
+
+struct Replay {
+  const ReplayArgs* args;
+  Crew* crew;
+  int error;
+};
+
+void replay_calls(Replay& replay) {
+  for (i64 i = 0; i < replay.args->count && !replay.error; i++)
+    replay.error = replay.args->calls[i].kernel(replay.args->calls[i].args);
+}
+
+void replay_entry(void* data) {
+  Replay& replay = *(Replay*)data;
+  if (omp_thread() != 0) return replay.crew->follow(omp_thread());
+  replay.crew->size = omp_threads();
+  crew = replay.crew;
+  replay_calls(replay);
+  crew = nullptr;
+  replay.crew->dismiss();
+}
+
+}  // namespace
+
+// Runs `count` kernels one after the other; the first error ends it.
+extern "C" int tf_replay(const ReplayArgs* a) {
+  Crew together{(int)a->threads};
+  Replay replay{a, &together, OK};
+  if (a->threads > 1 && gomp_parallel) gomp_parallel(replay_entry, &replay, (unsigned)a->threads, 0);
+  else replay_calls(replay);
+  return replay.error;
 }
 
 extern "C" int tf_version() { return 1; }
