@@ -1,6 +1,6 @@
 """Milliseconds per generated token: stock generate, the decode loop, and its step alone, on a random Llama.
 
-    python benchmarks/generate_smoke.py [--size tiny|1b|7b] [--device cpu|cuda] [--tokens 64] [--backend tinyfuse]
+    python benchmarks/generate_smoke.py [--size tiny|1b|7b] [--device cpu|cuda] [--tokens 64]
 
 Per token: the difference between a long and a short call, so the prompt does not count. Median of 5, order rotated.
 """
@@ -16,7 +16,6 @@ from collections.abc import Callable
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import tinyfuse.runtime.forward as compiled
 from tinyfuse.optimize import optimize
 
 SIZES = {  # hidden, intermediate, layers, heads, key/value heads, vocabulary
@@ -60,9 +59,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--prompt", type=int, default=128)
-    parser.add_argument("--backend", default=compiled.BACKEND)
     options = parser.parse_args()
-    compiled.BACKEND = options.backend
     dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
     stock = build(options.size, options.device, dtype)
     fast = optimize(copy.copy(stock))
@@ -119,7 +116,7 @@ def main() -> None:
         "step alone": step_alone,
         "compiled forward alone, guards checked": forward_alone,
     }
-    print(f"{options.size}, {options.device}, {dtype}, prompt {options.prompt}, backend {options.backend}")
+    print(f"{options.size}, {options.device}, {dtype}, prompt {options.prompt}")
     print(f"first call {seconds(lambda: fast.generate(prompt, max_new_tokens=4, do_sample=False)):.1f} s")
     times: dict[str, list[float]] = {name: [] for name in cases}
     for run in cases.values():

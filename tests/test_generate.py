@@ -6,6 +6,9 @@ import time
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
@@ -18,8 +21,10 @@ from transformers import (
     MistralConfig,
     MixtralConfig,
     OPTConfig,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     StoppingCriteria,
+    pipeline,
 )
 from transformers.generation.streamers import BaseStreamer
 
@@ -406,3 +411,37 @@ def test_restore_in_between(covered):
     tokens = model.generate(**ONE, do_sample=False, max_new_tokens=12)
     assert torch.equal(restore(model).generate(**ONE, do_sample=False, max_new_tokens=12), tokens)
     assert torch.equal(optimize(model).generate(**ONE, do_sample=False, max_new_tokens=12), tokens)
+
+
+def test_pipeline(covered):
+    words = {f"w{i}": i for i in range(96)}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="w0")), pad_token="w0", eos_token="w95"
+    )
+    tokenizer.backend_tokenizer.pre_tokenizer = Whitespace()
+    texts = []
+    for model in (covered.stock, covered.fast):
+        write = pipeline("text-generation", model=model, tokenizer=tokenizer)
+        one = write("w5 w17 w33", max_new_tokens=6, do_sample=False)
+        many = write(["w5 w17", "w9 w8 w7 w6", "w3"], max_new_tokens=6, do_sample=False, batch_size=3)
+        texts.append((one, many))
+    assert texts[0] == texts[1]
+
+
+def test_adapters():
+    from peft import LoraConfig, get_peft_model
+
+    pair = Pair(LlamaConfig(**SIZE), seed=3)
+    restore(pair.fast)
+    plain = pair.stock.generate(**ONE, do_sample=False, max_new_tokens=12)
+    config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    for name in ("stock", "fast"):
+        torch.manual_seed(0)
+        setattr(pair, name, get_peft_model(getattr(pair, name), config).eval())
+    optimize(pair.fast)
+    assert not torch.equal(pair.same(**ONE), plain)
+    assert pair.fast.get_base_model()._tinyfuse.fallbacks == []
+    with pair.fast.disable_adapter():
+        assert torch.equal(pair.fast.generate(**ONE, do_sample=False, max_new_tokens=12), plain)
+    restore(pair.fast)
+    assert "generate" not in vars(pair.fast.get_base_model()) and "forward" not in vars(pair.fast)

@@ -50,9 +50,11 @@ def optimize(model: nn.Module, quantize: str | None = None, *, fallback: str = "
         runtime = Runtime(model, fallback, own)
         setattr(model, ATTRIBUTE, runtime)
         model.forward = Forward(runtime)
-        if callable(getattr(model, "generate", None)):
+        if callable(getattr(model, "generate", None)) and _adapted(model) is None:
             model.generate = Generate(runtime)
     runtime.mode = fallback
+    if (inner := _adapted(model)) is not None:
+        optimize(inner, fallback=fallback)
     return model
 
 
@@ -67,7 +69,14 @@ def restore(model: nn.Module) -> nn.Module:
             vars(model).pop(name, None)
         vars(model).update(runtime.own)
         runtime.release()
+        if (inner := _adapted(model)) is not None:
+            restore(inner)
     return model
+
+
+def _adapted(model: nn.Module) -> nn.Module | None:
+    """The model inside of a PEFT wrapper, whose ``generate`` the wrapper's calls."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else None
 
 
 def _describe(value: object) -> str:

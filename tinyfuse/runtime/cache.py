@@ -59,22 +59,17 @@ class Slot:
                 cache.update(layer.keys[:, :, :tokens].clone(), layer.values[:, :, :tokens].clone(), index)
 
 
-def unsupported_cache(model: torch.nn.Module, prepared: Any) -> str | None:
-    """Why the cache that ``generate`` prepared cannot be replaced by a static key/value cache; None if it can."""
-    if type(prepared) is not DynamicCache:
-        return f"the cache is a {type(prepared).__name__}, not a plain key/value cache"
-    if prepared.offloading:
-        return "the cache is offloaded"
-    for layer in _static_cache(model, 1, plain=False).layers:
-        if type(layer) not in (StaticLayer, StaticSlidingWindowLayer) and type(layer).__name__ != "DummyLayer":
-            return f"the cache has a layer of type {type(layer).__name__}, not a plain key/value layer"
-    return None
+class NotPlain(Exception):
+    """The model keeps more than keys and values; the message says what."""
 
 
-def _static_cache(model: torch.nn.Module, length: int, plain: bool = True) -> StaticCache:
+def _static_cache(model: torch.nn.Module, length: int) -> StaticCache:
     cache = StaticCache(model.config, max_cache_len=length)
-    if plain:
-        cache.layers = [StaticLayer(length) if isinstance(layer, StaticLayer) else layer for layer in cache.layers]
+    for index, layer in enumerate(cache.layers):
+        if type(layer) in (StaticLayer, StaticSlidingWindowLayer):
+            cache.layers[index] = StaticLayer(length)
+        elif type(layer).__name__ != "DummyLayer":  # of a layer that shares or needs none
+            raise NotPlain(f"the cache has a layer of type {type(layer).__name__}, not a plain key/value layer")
     return cache
 
 
@@ -96,6 +91,8 @@ class CachePool:
             self.state, self.unusable = state, None
             try:
                 self.shapes = _probe(self.model, self.forward)
+            except NotPlain as error:
+                self.unusable = str(error)
             except Exception as error:
                 self.unusable = f"the model does not run with a static cache: {type(error).__name__}: {error}"
         return self.unusable
@@ -137,7 +134,7 @@ def _probe(model: torch.nn.Module, forward: Callable[..., Any]) -> list[tuple[Te
     """Per layer an empty tensor with the heads, head size, dtype and device of its keys, and one of its values.
 
     They come from the stock forward of two tokens on a longer cache, since configurations name them in too many ways
-    and some models do not run on a static cache at all. Raises what the forward raises.
+    and some models do not run on a static cache at all. Raises NotPlain, and what the forward raises.
     """
     cache = _static_cache(model, 4)
     ids = torch.zeros((1, 2), dtype=torch.long, device=model.device)

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BACKEND = "tinyfuse"
 # The dimension that grows with the prompt, by the names transformers uses; the last one where the rank varies.
 SEQUENCE_INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
 
@@ -62,7 +61,9 @@ def intercept(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> GraphCa
 
 
 def _backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-    compiled = torch._dynamo.lookup_backend(BACKEND)(gm, example_inputs)
+    from tinyfuse.backend import backend  # every pattern and kernel; not on the way of `import tinyfuse`
+
+    compiled = backend(gm, example_inputs)
 
     def run(*args: Any) -> Any:
         if getattr(_watch, "intercept", False):

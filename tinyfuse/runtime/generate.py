@@ -20,7 +20,7 @@ from transformers.generation.configuration_utils import GenerationConfig, Genera
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerationMixin
 
-from tinyfuse.runtime.cache import Slot, unsupported_cache
+from tinyfuse.runtime.cache import Slot
 from tinyfuse.runtime.step import Greedy, Inputs, NotAdvanceable, Step, block_rows, kind
 
 LAG = 2  # tokens that the device may be ahead of the host's check for the end
@@ -151,8 +151,7 @@ class Decoder:
         if self.step is None:
             return self.model(**self._prepare(), return_dict=True).logits[:, -1]
         run = self.step.runner() if self.verified else self.step.logits
-        run()
-        return self.step.last
+        return run()
 
     def greedy(self, token: Tensor, eos: Tensor, pad: Tensor | None, unfinished: Tensor) -> Greedy:
         """Hand over to the device: from ``token`` on, ``step.runner(greedy)`` picks and feeds."""
@@ -279,10 +278,13 @@ def generate_tokens(
     """What ``_sample`` does with these arguments, which ``generate`` has prepared; ``kwargs`` go to the model."""
     model = runtime.model
     limits = [c.max_length for c in stopping_criteria if isinstance(c, MaxLengthCriteria)]
-    reason = unsupported_cache(model, kwargs.get("past_key_values"))
-    if reason is None and not limits:
+    prepared = kwargs.get("past_key_values")
+    reason = None
+    if type(prepared) is not DynamicCache or prepared.offloading:
+        reason = f"the cache is a {type(prepared).__name__}, not a plain key/value cache"
+    elif not limits:
         reason = "no maximum length is set"
-    if reason is None and input_ids.device != model.device:
+    elif input_ids.device != model.device:
         reason = f"the prompt is on {input_ids.device}, the model on {model.device}"
     reason = reason or runtime.pool.learn()
     if reason is not None:

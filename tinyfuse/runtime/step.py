@@ -166,10 +166,9 @@ class Step:
     def __init__(self, model: nn.Module, forward: Callable[..., Any], slot: Slot, inputs: Inputs):
         self.forward, self.slot, self.inputs = forward, slot, inputs
         self.greedy: dict[int, Greedy] = {}
-        self.runners: dict[str, Callable[[], None]] = {}
+        self.runners: dict[str, Callable[[], Tensor]] = {}
         self.call: GraphCall | None = None
         self.unbound = self._bind(model)
-        self.last: Tensor | None = None
 
     def _forward(self) -> Any:
         return self.forward(**self.inputs.arguments, return_dict=True)
@@ -203,47 +202,55 @@ class Step:
         call = intercept(self._forward)
         return call is not None and call.run is self.call.run and _addresses(call) == self.addresses
 
-    def logits(self) -> None:
-        """Run the forward on the buffers, leave ``last`` [batch, vocabulary], move the buffers on."""
-        if self.call is None:
-            self.last = self._forward().logits[:, -1]
-        else:
-            self.last = self.call.run(*self.call.args)[self.index][:, -1]
+    def logits(self) -> Tensor:
+        """Run the forward on the buffers and move them on; the logits of the next token [batch, vocabulary]."""
+        call = self.call
+        logits = self._forward().logits if call is None else call.run(*call.args)[self.index]
         self.inputs.advance()
+        return logits[:, -1]
 
-    def runner(self, greedy: Greedy | None = None) -> Callable[[], None]:
-        """What runs a step: :meth:`logits`, or with ``greedy`` the choice of the token too."""
+    def runner(self, greedy: Greedy | None = None) -> Callable[[], Tensor]:
+        """What runs :meth:`logits`, and with ``greedy`` picks the token; its result is valid until it runs again."""
         name = "logits" if greedy is None else f"greedy{len(greedy.eos)}"
         if name not in self.runners:
 
-            def run() -> None:
-                self.logits()
+            def run() -> Tensor:
+                logits = self.logits()
                 if greedy is not None:
-                    greedy.pick(self.last)
+                    greedy.pick(logits)
+                return logits
 
             self.runners[name] = run
             if self.inputs.token.device.type == "cuda" and self.call is not None:
                 state = [*self.slot.counters(), *self.inputs.buffers.values(), self.inputs.row]
-                self.runners[name] = capture(run, state + (greedy.state if greedy is not None else []))
+                self.runners[name] = Captured(run, state + (greedy.state if greedy is not None else []))
         return self.runners[name]
 
 
-def capture(run: Callable[[], None], state: list[Tensor]) -> Callable[[], None]:
-    """``run`` as one CUDA graph. ``state``: what ``run`` changes and must be found unchanged afterwards; the keys and
-    values that the warm-up writes are those that the first replay writes again."""
-    held = [tensor.clone() for tensor in state]
-    device = state[0].device
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        for _ in range(WARM_UPS):
-            run()
-            torch._foreach_copy_(state, held)
-    torch.cuda.current_stream(device).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-        run()
-    return graph.replay
+class Captured:
+    """``run`` as one CUDA graph.
+
+    ``state``: what ``run`` changes and has to be found unchanged after the warm-up. The keys and values that the
+    warm-up writes are those that the first replay writes again.
+    """
+
+    def __init__(self, run: Callable[[], Tensor], state: list[Tensor]):
+        held = [tensor.clone() for tensor in state]
+        device = state[0].device
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UPS):
+                run()
+                torch._foreach_copy_(state, held)
+        torch.cuda.current_stream(device).wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
+            self.result = run()
+
+    def __call__(self) -> Tensor:
+        self.graph.replay()
+        return self.result
 
 
 def python_state(model: nn.Module, slot: Slot) -> list[Any]:
