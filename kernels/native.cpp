@@ -1027,8 +1027,13 @@ template <class T> void attention_unit(const AttentionWork& w, i64 unit) {
   }
   for (i64 j0 = begin; j0 < end; j0 += KEYS) {
     i64 count = std::min(KEYS, end - j0), low = count, high = 0;
-    for (i64 r = 0; r < rows; r++)
+    for (i64 r = 0; r < rows; r++) {
+      if (r > 0 && a.mask_h == 0 && (row0 + r) % group) {  // the same query as the row before
+        std::memcpy(added + r * KEYS, added + (r - 1) * KEYS, count * sizeof(float));
+        continue;
+      }
       mask_row(a, b, head * group + (row0 + r) % group, (row0 + r) / group, j0, count, added + r * KEYS, &low, &high);
+    }
     if (low >= high) continue;
     const T* k = (const T*)a.k.data + b * a.k.b + head * a.k.h + j0 * a.k.s;
     const T* v = (const T*)a.v.data + b * a.v.b + head * a.v.h + j0 * a.v.s;
