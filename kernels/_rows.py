@@ -68,9 +68,11 @@ def unsupported(name: str, *tensors: Tensor) -> str | None:
             return f"the inputs of {name} differ in dtype or shape"
         if not x.dim():
             return f"the input of {name} has no dimension"
-        if x.stride(-1) != 1 and x.shape[-1] != 1:
+        if x.is_contiguous() or x.shape[-1] == 1:
+            continue
+        if x.stride(-1) != 1:
             return f"the last dimension of the input of {name} is not contiguous"
-        if any(s == 1 and n != 1 for s, n in zip(x.stride()[:-1], x.shape, strict=False)) and x.shape[-1] != 1:
+        if any(s == 1 and n != 1 for s, n in zip(x.stride()[:-1], x.shape, strict=False)):
             return f"the rows of the input of {name} overlap in memory"
     if first.dim() - 1 > MAX_DIMS and merge(first.shape[:-1], *(x.stride()[:-1] for x in tensors)) is None:
         return f"the strides of the input of {name} do not merge into {MAX_DIMS} dimensions"
@@ -84,7 +86,7 @@ def unsupported_weight(name: str, x: Tensor, *weights: Tensor | None) -> str | N
             continue
         if w.dtype not in FLOATS:
             return f"{name} kernels take bfloat16, float16 and float32 weights, not {w.dtype}"
-        if w.dim() != 1 or w.shape[0] != x.shape[-1] or (w.stride(0) != 1 and w.shape[0] != 1):
+        if w.dim() != 1 or w.shape[0] != x.shape[-1] or not w.is_contiguous():
             return f"the weight of {name} is not one contiguous value per channel"
     return None
 
@@ -130,16 +132,21 @@ class Layout(NamedTuple):
     residual: tuple[int, ...] | None
     total: tuple[int, ...] | None
     y: tuple[int, ...]
-    dtypes: tuple[torch.dtype | None, ...]
+    dtype: torch.dtype
+    weight_dtype: torch.dtype | None
+    bias_dtype: torch.dtype | None
     device: torch.device
     ahead: bool
 
 
-def layout(x: Tensor, residual: Tensor | None, total: Tensor | None, y: Tensor, *weights: Tensor | None) -> Layout:
+def layout(
+    x: Tensor, residual: Tensor | None, total: Tensor | None, y: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> Layout:
     return Layout(
         x.shape, x.stride(), None if residual is None else residual.stride(),
         None if total is None else total.stride(), y.stride(),
-        (x.dtype, *(None if w is None else w.dtype for w in weights)), x.device, pdl(x.device),
+        x.dtype, None if weight is None else weight.dtype, None if bias is None else bias.dtype,
+        x.device, pdl(x.device),
     )  # fmt: skip
 
 

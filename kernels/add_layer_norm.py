@@ -31,7 +31,7 @@ def run_triton(
     x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
     total = _rows.empty_sum(x, residual)
-    y = torch.empty(total.shape, dtype=total.dtype, device=total.device)
+    y = torch.empty_like(total, memory_format=torch.contiguous_format)
     layer_norm.launch(x, residual, weight, bias, total, y, eps)
     return total, y
 

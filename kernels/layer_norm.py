@@ -104,7 +104,7 @@ def supports_triton(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: 
 
 
 def run_triton(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
     launch(x, None, weight, bias, None, y, eps)
     return y
 

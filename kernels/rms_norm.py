@@ -107,7 +107,8 @@ def launch(
 ) -> None:  # fmt: skip
     """y = rms_norm(x), or total = x + residual and y = rms_norm(total)."""
     if y.numel():
-        bind(_rows.layout(x, residual, total, y, weight), eps, unit_offset, cast_first)(x, residual, weight, total, y)
+        place = _rows.layout(x, residual, total, y, weight, None)
+        bind(place, eps, unit_offset, cast_first)(x, residual, weight, total, y)
 
 
 def supports_triton(x: Tensor, weight: Tensor | None, eps: float, unit_offset: bool, cast_first: bool) -> str | None:

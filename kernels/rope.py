@@ -127,17 +127,17 @@ def unsupported(x: Tensor, cos: Tensor, sin: Tensor) -> str | None:
     """Why x cannot be rotated by cos and sin, or None."""
     if _triton.missing:
         return _triton.missing
-    if any(t.dtype not in _rows.FLOATS for t in (x, cos, sin)):
+    if x.dtype not in _rows.FLOATS or cos.dtype not in _rows.FLOATS or sin.dtype not in _rows.FLOATS:
         return f"rope kernels take bfloat16, float16 and float32, not {x.dtype} with {cos.dtype} and {sin.dtype}"
     if x.dim() != 4 or x.stride(3) != 1:
         return "the input of rope is not [B, H, S, D] with a contiguous last dimension"
-    width = cos.shape[-1]
-    if width % 2 or not 0 < width <= x.shape[3] or sin.shape != cos.shape:
-        return f"{width} is no even number of rotated channels up to head_dim {x.shape[3]} in both cos and sin"
-    if cos.dim() > 4 or (cos.dim() > 2 and cos.shape[-3] != 1):
+    table, (B, _, S, D) = cos.shape, x.shape
+    width, rank = table[-1], len(table)
+    if width % 2 or not 0 < width <= D or sin.shape != table:
+        return f"{width} is no even number of rotated channels up to head_dim {D} in both cos and sin"
+    if rank > 4 or (rank > 2 and table[-3] != 1):
         return "cos and sin differ between heads"
-    broadcasts = cos.dim() > 1 and cos.shape[-2] in (1, x.shape[2])
-    if not broadcasts or (cos.dim() == 4 and cos.shape[0] not in (1, x.shape[0])):
+    if rank < 2 or table[-2] not in (1, S) or (rank == 4 and table[0] not in (1, B)):
         return "cos and sin are not [B, 1, S, R]"
     return None
 
@@ -162,11 +162,10 @@ def supports_triton(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> s
 
 
 def run_triton(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    B, H, S, D = shape = x.shape
-    y = torch.empty((B, S, H, D), dtype=x.dtype, device=x.device)
+    y = torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format)
     if y.numel():
         where = x.stride(), cos.shape, cos.stride(), sin.stride()
-        bind(shape, *where, interleaved, x.dtype, cos.dtype, sin.dtype, x.device, pdl(x.device))(x, y, cos, sin)
+        bind(x.shape, *where, interleaved, x.dtype, cos.dtype, sin.dtype, x.device, pdl(x.device))(x, y, cos, sin)
     return y.transpose(1, 2)
 
 

@@ -102,8 +102,7 @@ def run_triton(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, pos: Tensor,
     interleaved: bool,
 ) -> Tensor:  # fmt: skip
-    B, H, S, D = q.shape
-    y = torch.empty((B, S, H, D), dtype=q.dtype, device=q.device)
+    y = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format)
     if y.numel():
         strides = [x.stride() for x in (q, k, v, cos, sin, keys, values, pos)]
         bound = bind(
