@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tinyfuse.kernels import _native, gated_act, linear
+from tinyfuse.kernels import _gemv, _native, gated_act, linear, linear_group
 from tinyfuse.op import Kernel, register
 
 
@@ -46,9 +46,46 @@ def run_native(
     return y
 
 
+# --- GPU ---
+
+
+def supports_gemv(
+    x: Tensor, w_gate: Tensor, w_up: Tensor, s_gate: Tensor | None, s_up: Tensor | None,
+    b_gate: Tensor | None, b_up: Tensor | None, act: str,
+) -> str | None:  # fmt: skip
+    if act not in gated_act.ACTIVATIONS or w_gate.shape != w_up.shape:
+        return "the GPU gated linear takes gate and up weights of one shape and a known activation"
+    return linear_group.supports_gemv(x, [w_gate, w_up], [s_gate, s_up], [b_gate, b_up])
+
+
+def run_gemv(
+    x: Tensor, w_gate: Tensor, w_up: Tensor, s_gate: Tensor | None, s_up: Tensor | None,
+    b_gate: Tensor | None, b_up: Tensor | None, act: str,
+) -> Tensor:  # fmt: skip
+    return _gemv.gemv(x, [w_gate, w_up], [s_gate, s_up], [b_gate, b_up], None, act)[0]
+
+
+def supports_each(
+    x: Tensor, w_gate: Tensor, w_up: Tensor, s_gate: Tensor | None, s_up: Tensor | None,
+    b_gate: Tensor | None, b_up: Tensor | None, act: str,
+) -> str | None:  # fmt: skip
+    return linear_group.supports_each(x, [w_gate, w_up], [s_gate, s_up], [b_gate, b_up])
+
+
+def run_each(
+    x: Tensor, w_gate: Tensor, w_up: Tensor, s_gate: Tensor | None, s_up: Tensor | None,
+    b_gate: Tensor | None, b_up: Tensor | None, act: str,
+) -> Tensor:  # fmt: skip
+    return gated_act.OP(linear.OP(x, w_gate, s_gate, b_gate, None), linear.OP(x, w_up, s_up, b_up, None), act)
+
+
 OP = register(
     "gated_linear(Tensor x, Tensor w_gate, Tensor w_up, Tensor? s_gate, Tensor? s_up, Tensor? b_gate,"
     " Tensor? b_up, str act) -> Tensor",
     reference=reference,
-    kernels=[Kernel("native", "cpu", supports_native, run_native)],
+    kernels=[
+        Kernel("native", "cpu", supports_native, run_native),
+        Kernel("gemv", "cuda", supports_gemv, run_gemv),
+        Kernel("each", "cuda", supports_each, run_each),
+    ],
 )

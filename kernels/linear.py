@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinyfuse.kernels import _native
+from tinyfuse.kernels import _gemm, _gemv, _native
 from tinyfuse.op import Kernel, register
 
 
@@ -48,10 +48,72 @@ def run_native(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | N
     return y
 
 
+# --- GPU ---
+
+
+def _rows(x: Tensor) -> int:
+    return x.numel() // x.shape[-1]
+
+
+def supports_gemv(
+    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, residual: Tensor | None
+) -> str | None:
+    reason = _gemv.reason(x, [weight], [scale], [bias]) or residual_reason(x, weight, residual)
+    if reason is None and _rows(x) > _gemv.most_rows(weight):
+        reason = f"the GPU matrix-vector products take at most {_gemv.most_rows(weight)} rows of x"
+    return reason
+
+
+def residual_reason(x: Tensor, weight: Tensor, residual: Tensor | None) -> str | None:
+    if residual is not None and (residual.dtype != x.dtype or residual.shape != (*x.shape[:-1], weight.shape[0])):
+        return "the GPU linears take a residual [..., N] in x's dtype"
+    return None
+
+
+def run_gemv(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    return _gemv.gemv(x, [weight], [scale], [bias], residual)[0]
+
+
+def supports_tensor_core(
+    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, residual: Tensor | None
+) -> str | None:
+    if scale is None:
+        return "cuBLAS multiplies weights in x's dtype"
+    if _rows(x) > _gemm.MOST_ROWS:
+        return f"the int8 tensor-core kernel takes at most {_gemm.MOST_ROWS} rows of x"
+    return _gemv.reason(x, [weight], [scale], [bias]) or residual_reason(x, weight, residual)
+
+
+def run_tensor_core(
+    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, residual: Tensor | None
+) -> Tensor:
+    return _gemm.gemm(x, weight, scale, bias, residual)
+
+
+def supports_cublas(
+    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, residual: Tensor | None
+) -> str | None:
+    if scale is None:
+        return None
+    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32) or weight.stride(1) != 1:
+        return "int8 weights are expanded to bfloat16, float16 or float32, from contiguous rows"
+    return None
+
+
+def run_cublas(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    y = F.linear(x, weight if scale is None else _gemm.dequantize(weight, scale, x.dtype), bias)
+    return y if residual is None else y.add_(residual)
+
+
 OP = register(
     "linear(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, Tensor? residual) -> Tensor",
     reference=reference,
-    kernels=[Kernel("native", "cpu", supports_native, run_native)],
+    kernels=[
+        Kernel("native", "cpu", supports_native, run_native),
+        Kernel("gemv", "cuda", supports_gemv, run_gemv),
+        Kernel("tensor_core", "cuda", supports_tensor_core, run_tensor_core),
+        Kernel("cublas", "cuda", supports_cublas, run_cublas),
+    ],
 )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tinyfuse.kernels import _native, linear
+from tinyfuse.kernels import _gemv, _native, linear
 from tinyfuse.op import Kernel, register
 
 
@@ -45,8 +45,39 @@ def run_native(
     return outputs
 
 
+# --- GPU ---
+
+
+def supports_gemv(
+    x: Tensor, weights: list[Tensor], scales: list[Tensor | None], biases: list[Tensor | None]
+) -> str | None:
+    if len(weights) > 3:
+        return "the GPU matrix-vector products take at most 3 weights together"
+    reason = _gemv.reason(x, weights, scales, biases)
+    if reason is None and x.numel() // x.shape[-1] > _gemv.most_rows(weights[0]):
+        reason = f"the GPU matrix-vector products take at most {_gemv.most_rows(weights[0])} rows of x"
+    return reason
+
+
+def supports_each(
+    x: Tensor, weights: list[Tensor], scales: list[Tensor | None], biases: list[Tensor | None]
+) -> str | None:
+    reasons = (linear.OP.choose(x, w, s, b, None)[1] for w, s, b in zip(weights, scales, biases, strict=True))
+    return next(filter(None, reasons), None)
+
+
+def run_each(
+    x: Tensor, weights: list[Tensor], scales: list[Tensor | None], biases: list[Tensor | None]
+) -> list[Tensor]:
+    return [linear.OP(x, w, s, b, None) for w, s, b in zip(weights, scales, biases, strict=True)]
+
+
 OP = register(
     "linear_group(Tensor x, Tensor[] weights, Tensor?[] scales, Tensor?[] biases) -> Tensor[]",
     reference=reference,
-    kernels=[Kernel("native", "cpu", supports_native, run_native)],
+    kernels=[
+        Kernel("native", "cpu", supports_native, run_native),
+        Kernel("gemv", "cuda", supports_gemv, _gemv.gemv),
+        Kernel("each", "cuda", supports_each, run_each),
+    ],
 )
