@@ -50,8 +50,8 @@ def _parser() -> argparse.ArgumentParser:
     bench = _command(commands, "bench", _bench, "time stock variants and tinyfuse side by side")
     _add_model(bench)
     bench.add_argument("--batch", type=_count, default=1, help="prompts at once (default 1)")
-    bench.add_argument("--prompt", type=_count, help="prompt tokens (default 96 on the CPU, 128 on a GPU)")
-    bench.add_argument("--gen", type=_at_least(2), help="tokens to generate (default 48 on the CPU, 128 on a GPU)")
+    bench.add_argument("--prompt", type=_count, help="prompt tokens (default 64 on the CPU, 128 on a GPU)")
+    bench.add_argument("--gen", type=_at_least(2), help="tokens to generate (default 32 on the CPU, 128 on a GPU)")
     bench.add_argument("--repeats", type=_count, default=5, help="timed repeats, each with its own prompt (default 5)")
     bench.add_argument("--variants", help="comma-separated list (default: all that can run here)")
 
@@ -130,8 +130,8 @@ def _bench(arguments: argparse.Namespace) -> int:
         model=arguments.model,
         preset=arguments.preset,
         batch=arguments.batch,
-        prompt=arguments.prompt or (96 if device == "cpu" else 128),
-        gen=arguments.gen or (48 if device == "cpu" else 128),
+        prompt=arguments.prompt or (64 if device == "cpu" else 128),
+        gen=arguments.gen or (32 if device == "cpu" else 128),
         dtype=arguments.dtype,
         device=device,
         repeats=arguments.repeats,

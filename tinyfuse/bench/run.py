@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._inductor.utils import fresh_cache
 
 from tinyfuse.bench import UsageError, measure, models, variants
 from tinyfuse.bench.environment import environment
@@ -28,8 +29,8 @@ class Settings:
     model: str | None = None
     preset: str | None = None
     batch: int = 1
-    prompt: int = 96
-    gen: int = 48
+    prompt: int = 64
+    gen: int = 32
     dtype: str = "bfloat16"
     device: str = "cpu"
     repeats: int = 5
@@ -75,12 +76,13 @@ def bench(settings: Settings, step: Callable[[str, int], None] = lambda text, to
     with _Warnings() as warnings:
         prepared: dict[str, Prepared] = {}
         errors: dict[str, str] = {}
-        for variant in chosen:
-            step(f"preparing {variant.name}", steps)
-            try:
-                prepared[variant.name] = _prepare(variant, loaded.model, prompts[:WARM_UPS], settings.gen)
-            except Exception as error:  # one variant that fails is a row of the result, not the end of the run
-                errors[variant.name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        with fresh_cache():  # compilers start with empty caches, and a later variant finds what an earlier one compiled
+            for variant in chosen:
+                step(f"preparing {variant.name}", steps)
+                try:
+                    prepared[variant.name] = _prepare(variant, loaded.model, prompts[:WARM_UPS], settings.gen)
+                except Exception as error:  # one variant that fails is a row of the result, not the end of the run
+                    errors[variant.name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         steps -= settings.repeats * len(errors)
         samples = measure.interleave(
             {name: ready.run for name, ready in prepared.items()},
@@ -113,9 +115,7 @@ def bench(settings: Settings, step: Callable[[str, int], None] = lambda text, to
 
 
 def _prepare(variant: Variant, model: nn.Module, prompts: list[Tensor], gen: int) -> Prepared:
-    """Build the variant on a twin of ``model`` and warm it up; compilers start with empty caches."""
-    from torch._inductor.utils import fresh_cache
-
+    """Build the variant on a twin of ``model`` and warm it up."""
     device = model.device
     before = measure.allocated(device)
     mine = models.twin(model)
@@ -125,7 +125,7 @@ def _prepare(variant: Variant, model: nn.Module, prompts: list[Tensor], gen: int
         variant.quantize(mine)
         measure.synchronize(device)
         quantize_s = time.perf_counter() - start
-    with fresh_cache(), collect() as report:
+    with collect() as report:
         start = time.perf_counter()
         if variant.optimize is not None:
             mine = variant.optimize(mine)
