@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tinyfuse.optimize import optimize
+from tinyfuse.api import optimize
 
 SIZES = {  # hidden, intermediate, layers, heads, key/value heads, vocabulary
     "tiny": (64, 96, 2, 4, 2, 128),

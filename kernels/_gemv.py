@@ -59,7 +59,10 @@ if triton is not None:
     _ROWS16 = ("t 4 | 12 16 13 17 | 8 9", "0 t | 14 18 15 19 | 10 11")
     BF16_ROWS16, FP16_ROWS16 = _float("bf16", 16, *_ROWS16), _float("f16", 16, *_ROWS16)
     FLOAT16 = tl.constexpr(",".join(["=f"] * 4 + ["f"] * 4 + ["r"] * 12))
-    # Digits lie in memory in the order of the registers: digits 0 and 1 as rows 0-7 and 8-15, then digit 2 as above.
+    # Digits lie in memory in the order of the registers. Up to 2 rows: rows 0-7 are words 0 and 1 of two rows' digits.
+    INT8_ROWS2 = _int("0 8 | 20 21 22 23 | 16 17", "4 12 | 20 21 22 23 | 18 19")
+    INT2 = tl.constexpr(",".join(["=r"] * 8 + ["r"] * 16))
+    # Up to 8 rows: digits 0 and 1 as rows 0-7 and 8-15, then digit 2 as above.
     INT8_ROWS8 = _int(
         "t 12 | 28 29 30 31 | 24 25", "0 t | 32 33 34 35 | 26 27",
         "4 16 | 36 37 38 39 | 24 25", "8 20 | 36 37 38 39 | 26 27",
@@ -115,6 +118,9 @@ def _step(acc, w, x, SETS: tl.constexpr, WARPS: tl.constexpr, TYPE: tl.constexpr
             else:
                 out += (tl.inline_asm_elementwise(BF16_ROWS16, FLOAT16, args, tl.float32, True, 4),)
         return out
+    elif tl.int8 == TYPE and len(acc) == 2:
+        args = [acc[0], acc[1], w, x[0]]
+        return tl.inline_asm_elementwise(INT8_ROWS2, INT2, args, (tl.int32, tl.int32), True, 4)
     elif tl.int8 == TYPE:
         args = [acc[0], acc[1], acc[2], w, x[0], x[1], x[2]]
         return tl.inline_asm_elementwise(INT8_ROWS8, INT8, args, (tl.int32, tl.int32, tl.int32), True, 4)
@@ -140,6 +146,10 @@ def _step_emulated(acc, w, x, SETS: tl.constexpr, WARPS: tl.constexpr, TYPE: tl.
                 part = _mma(acc[d], y[0], z[0], y[1], z[1], w0, w1, WARPS, TYPE)
                 out += (_mma(part, y[2], z[2], y[3], z[3], w2, w3, WARPS, TYPE),)
         return out
+    elif tl.int8 == TYPE and len(acc) == 2:
+        y = _quadruple(x[0], WARPS)
+        a = _mma(acc[0], y[0], y[1], y[2], y[3], w0, w1, WARPS, TYPE)
+        return a, _mma(acc[1], y[0], y[1], y[2], y[3], w2, w3, WARPS, TYPE)
     elif tl.int8 == TYPE:
         y, z, v = _quadruple(x[0], WARPS), _quadruple(x[1], WARPS), _quadruple(x[2], WARPS)
         a = _mma(acc[0], y[0], y[1], y[2], y[3], w0, w1, WARPS, TYPE)
@@ -171,7 +181,10 @@ def _half(acc, h: tl.constexpr, ROW_WARPS: tl.constexpr, K_WARPS: tl.constexpr):
 def _rows(
     acc, part: tl.constexpr, SETS: tl.constexpr, ROW_WARPS: tl.constexpr, K_WARPS: tl.constexpr, INT: tl.constexpr
 ):
-    """The sums of rows 8 part + g of x: [ROW_WARPS, 8, 4, 2], (warp, g, t, l) of weight row 8 warp + 2 t + l."""
+    """The sums of rows 8 part + g of x: [ROW_WARPS, 8, 4, 2], (warp, g, t, l) of weight row 8 warp + 2 t + l.
+
+    Two rows of digits give [ROW_WARPS, 2, 4, 2].
+    """
     h: tl.constexpr = part % 2
     if SETS > 0 and INT:
         first: tl.constexpr = part // 2 * 3
@@ -179,6 +192,12 @@ def _rows(
         total += _half(acc[first + 1], h, ROW_WARPS, K_WARPS) * 256 + _half(acc[first + 2], h, ROW_WARPS, K_WARPS)
     elif SETS > 0:
         total = _half(acc[part // 2], h, ROW_WARPS, K_WARPS)
+    elif INT and len(acc) == 2:
+        total = tl.sum(_half(acc[0], 0, ROW_WARPS, K_WARPS) + _half(acc[1], 1, ROW_WARPS, K_WARPS), 1)
+        digit = tl.arange(0, 4)[None, None, :, None, None]
+        total = tl.reshape(total, [ROW_WARPS, 2, 4, 4, 2])
+        total = tl.where(digit == 0, total * 65536, tl.where(digit == 1, total * 256, tl.where(digit == 2, total, 0)))
+        total = tl.reshape(tl.sum(total, 2), [ROW_WARPS, 1, 2, 4, 2])
     elif INT:
         total = _half(acc[0], 0, ROW_WARPS, K_WARPS) * 65536 + _half(acc[0], 1, ROW_WARPS, K_WARPS) * 256
         total += _half(acc[1], 0, ROW_WARPS, K_WARPS) + _half(acc[2], 1, ROW_WARPS, K_WARPS)
@@ -194,7 +213,8 @@ def _digits(
 ):  # fmt: skip
     """Row ``program_id(0)`` of x as digits, and its scale.
 
-    Word q of lane t of the 64 bytes c goes, for up to 8 rows, to [c, block, row, t, slot]: digit 0 to block q // 2,
+    Word q of lane t of the 64 bytes c goes, for up to 2 rows, to [c, 4 row + d, t, 2 (q % 2) + q // 2] (d = 3 is not
+    written); for up to 8 rows to [c, block, row, t, slot]: digit 0 to block q // 2,
     slot 2 (q % 2), digit 1 one slot on, digit 2 to block 2, slot 2 (q % 2) + q // 2; for more rows digit d goes to
     [c, row // 16, 2 d + q // 2, row % 8, t, 2 (q % 2) + row // 8 % 2]. 0 past the end of the row.
     """
@@ -217,6 +237,8 @@ def _digits(
         if SETS > 0:
             at = (((c * SETS + row // 16) * 6 + 2 * d + q // 2) * 8 + row % 8) * 16
             at += t * 4 + 2 * (q % 2) + row // 8 % 2
+        elif M <= 2:
+            at = (c * (4 * M) + 4 * row + d) * 16 + t * 4 + 2 * (q % 2) + q // 2
         elif d < 2:
             at = ((c * 3 + q // 2) * M + row) * 16 + t * 4 + 2 * (q % 2) + d
         else:
@@ -242,6 +264,8 @@ def _activations(at, at2, word, j, STEP: tl.constexpr, WORDS: tl.constexpr, LAST
         at += j * (STEP * 48 * SETS)
         for quadruple in tl.static_range(6 * SETS):
             out += (tl.load(at + 128 * quadruple),)
+    elif INT and M <= 2:
+        out = (tl.load(at + j * (STEP * 4 * M)),)
     elif INT:
         at += j * (STEP * 3 * M)
         out = (tl.load(at), tl.load(at + 16 * M), tl.load(at + 32 * M))
@@ -261,7 +285,7 @@ def _gemv(
     x, x_scale, residual, w0, w1, w2, s0, s1, s2, b0, b1, b2, y0, y1, y2,
     x_stride, residual_stride, n0, n1, n2, stride0, stride1, stride2, first1, first2, loops,
     M: tl.constexpr, K: tl.constexpr, MEMBERS: tl.constexpr, ACT: tl.constexpr, ROW_WARPS: tl.constexpr,
-    K_WARPS: tl.constexpr, GROUPS: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr,
+    K_WARPS: tl.constexpr, GROUPS: tl.constexpr, AHEAD: tl.constexpr, BATCH: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """8 ROW_WARPS GROUPS rows of one weight, or under ACT 8 ROW_WARPS rows of both. ``first``: its first program."""
     if PDL:
@@ -274,6 +298,7 @@ def _gemv(
     WORDS: tl.constexpr = K // EACH
     STEP: tl.constexpr = K_WARPS * 16
     STEPS: tl.constexpr = (WORDS + STEP - 1) // STEP
+    ROWS: tl.constexpr = 2 if INT and M <= 2 else 8
     PAIR: tl.constexpr = ACT != "" or GROUPS == 2
 
     pid = tl.program_id(0)
@@ -316,6 +341,8 @@ def _gemv(
         c = i // 128 % K_WARPS
         if SETS > 0:
             x += c * (SETS * 768) + i % 128
+        elif M <= 2:
+            x += c * (4 * M * 16) + g % (4 * M) * 16 + i % 16
         else:
             x += c * (3 * M * 16) + tl.minimum(g, M - 1) * 16 + i % 16
         x2 = x
@@ -330,11 +357,21 @@ def _gemv(
         tiles += (_load(at, word, j, STEP, WORDS, False),)
         if PAIR:
             tiles2 += (_load(at2, word, j, STEP, WORDS, False),)
+    column = start + 8 * tl.arange(0, ROW_WARPS)[:, None, None, None] + 2 * tl.arange(0, 4)[None, None, :, None]
+    column += tl.arange(0, 2)[None, None, None, :]
+    column2 = column if ACT != "" else column + 8 * ROW_WARPS
+    scale, scale2, bias, bias2 = 0.0, 0.0, 0.0, 0.0
+    if s0 is not None:
+        scale = _column(s, column, n)
+        scale2 = _column(s1 if ACT != "" else s, column2, n) if PAIR else scale
+    if b0 is not None:
+        bias = _column(b, column, n)
+        bias2 = _column(b1 if ACT != "" else b, column2, n) if PAIR else bias
     if PDL:
         tl.extra.cuda.gdc_wait()
 
     zero = tl.zeros([WARPS * 128], tl.int32 if INT else tl.float32)
-    if INT:
+    if INT and M > 2:
         acc = (zero, zero, zero)
         for _ in tl.static_range(SETS - 1):
             acc += (zero, zero, zero)
@@ -345,47 +382,55 @@ def _gemv(
     acc2 = acc
     for block in range(loops):  # BLOCKS - 1, at run time: unrolled code would run at the speed of its fetch
         fresh, fresh2 = (), ()
-        for j in tl.static_range(AHEAD):
-            a = _activations(x, x2, word, block * AHEAD + j, STEP, WORDS, False, M, SETS, INT)
-            acc = _step(acc, tiles[j], a, SETS, WARPS, TYPE, ASM)
-            fresh += (_load(at, word, (block + 1) * AHEAD + j, STEP, WORDS, False),)
-            if PAIR:
-                acc2 = _step(acc2, tiles2[j], a, SETS, WARPS, TYPE, ASM)
-                fresh2 += (_load(at2, word, (block + 1) * AHEAD + j, STEP, WORDS, False),)
+        for batch in tl.static_range(0, AHEAD, BATCH):
+            a = ()
+            for j in tl.static_range(batch, min(batch + BATCH, AHEAD)):
+                a += (_activations(x, x2, word, block * AHEAD + j, STEP, WORDS, False, M, SETS, INT),)
+            for j in tl.static_range(batch, min(batch + BATCH, AHEAD)):
+                acc = _step(acc, tiles[j], a[j - batch], SETS, WARPS, TYPE, ASM)
+                fresh += (_load(at, word, (block + 1) * AHEAD + j, STEP, WORDS, False),)
+                if PAIR:
+                    acc2 = _step(acc2, tiles2[j], a[j - batch], SETS, WARPS, TYPE, ASM)
+                    fresh2 += (_load(at2, word, (block + 1) * AHEAD + j, STEP, WORDS, False),)
         tiles, tiles2 = fresh, fresh2
     for j in tl.static_range(LEFT):
         tiles += (_load(at, word, BLOCKS * AHEAD + j, STEP, WORDS, j == LEFT - 1),)
         if PAIR:
             tiles2 += (_load(at2, word, BLOCKS * AHEAD + j, STEP, WORDS, j == LEFT - 1),)
-    for j in tl.static_range(AHEAD + LEFT):
-        a = _activations(x, x2, word, (BLOCKS - 1) * AHEAD + j, STEP, WORDS, j == AHEAD + LEFT - 1, M, SETS, INT)
-        acc = _step(acc, tiles[j], a, SETS, WARPS, TYPE, ASM)
-        if PAIR:
-            acc2 = _step(acc2, tiles2[j], a, SETS, WARPS, TYPE, ASM)
-
-    column = start + 8 * tl.arange(0, ROW_WARPS)[:, None, None, None] + 2 * tl.arange(0, 4)[None, None, :, None]
-    column += tl.arange(0, 2)[None, None, None, :]
-    for part in tl.static_range((M + 7) // 8):
-        m = tl.arange(0, 8)[None, :, None, None] + 8 * part
-        first_rows = _scaled(_rows(acc, part, SETS, ROW_WARPS, K_WARPS, INT), x_scale, s, b, m, column, M, n)
-        if ACT != "":
-            up = _scaled(_rows(acc2, part, SETS, ROW_WARPS, K_WARPS, INT), x_scale, s1, b1, m, column, M, n)
-            _store(y, activate(first_rows, ACT) * up, None, 0, m, column, M, n)
-        else:
-            _store(y, first_rows, residual, residual_stride, m, column, M, n)
+    REST: tl.constexpr = AHEAD + LEFT
+    for batch in tl.static_range(0, REST, BATCH):
+        a = ()
+        for j in tl.static_range(batch, min(batch + BATCH, REST)):
+            a += (_activations(x, x2, word, (BLOCKS - 1) * AHEAD + j, STEP, WORDS, j == REST - 1, M, SETS, INT),)
+        for j in tl.static_range(batch, min(batch + BATCH, REST)):
+            acc = _step(acc, tiles[j], a[j - batch], SETS, WARPS, TYPE, ASM)
             if PAIR:
-                more = column + 8 * ROW_WARPS
-                second_rows = _scaled(_rows(acc2, part, SETS, ROW_WARPS, K_WARPS, INT), x_scale, s, b, m, more, M, n)
-                _store(y, second_rows, residual, residual_stride, m, more, M, n)
+                acc2 = _step(acc2, tiles2[j], a[j - batch], SETS, WARPS, TYPE, ASM)
+
+    for part in tl.static_range((M + 7) // 8):
+        m = tl.arange(0, ROWS)[None, :, None, None] + 8 * part
+        value = _scaled(_rows(acc, part, SETS, ROW_WARPS, K_WARPS, INT), x_scale, scale, bias, m, M)
+        if ACT != "":
+            up = _scaled(_rows(acc2, part, SETS, ROW_WARPS, K_WARPS, INT), x_scale, scale2, bias2, m, M)
+            _store(y, activate(value, ACT) * up, None, 0, m, column, M, n)
+        else:
+            _store(y, value, residual, residual_stride, m, column, M, n)
+            if PAIR:
+                value = _scaled(_rows(acc2, part, SETS, ROW_WARPS, K_WARPS, INT), x_scale, scale2, bias2, m, M)
+                _store(y, value, residual, residual_stride, m, column2, M, n)
 
 
 @jit
-def _scaled(value, x_scale, scale, bias, m, n, M: tl.constexpr, N):
+def _column(values, n, N):
+    """Scales or biases of the weight rows n, in fp32."""
+    return tl.load(values + n, mask=n < N, other=0.0).to(tl.float32)
+
+
+@jit
+def _scaled(value, x_scale, scale, bias, m, M: tl.constexpr):
     if x_scale is not None:
-        value *= tl.load(x_scale + m, mask=m < M, other=0.0) * tl.load(scale + n, mask=n < N, other=0.0)
-    if bias is not None:
-        value += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
-    return value
+        value *= tl.load(x_scale + m, mask=m < M, other=0.0) * scale
+    return value + bias
 
 
 @jit
@@ -444,30 +489,28 @@ def digits(x: Tensor) -> tuple[Tensor, Tensor]:
     """Rows of x [M, K] as int8 digits in the order of ``_digits``, and fp32 scales [M]."""
     m, k = x.shape
     steps = triton.cdiv(k, 512) * 8  # whole steps of 8 warps
-    out = x.new_empty((steps * (48 * m if m <= 8 else 768 * triton.cdiv(m, 16)),), dtype=torch.int32)
+    out = x.new_empty((steps * (16 * m * (4 if m <= 2 else 3) if m <= 8 else 768 * triton.cdiv(m, 16)),), dtype=torch.int32)
     scale = x.new_empty((m,), dtype=torch.float32)
     _bind_digits(m, k, x.stride(0), x.dtype, x.device, pdl(x.device))(x, out, scale)
     return out, scale
 
 
-def tile(m: int, k_bytes: int, int8: bool) -> tuple[int, int, int, int]:
+def tile(m: int, k_bytes: int, int8: bool) -> tuple[int, int, int, int, int]:
     """(warps over rows, warps over K, groups of 8 rows, steps loaded ahead), as measured on an H200."""
     if int8:
         if m > 8:
-            return (1, 4, 1, 16) if k_bytes > 8192 else (1, 4, 2, 8)
-        return (1, 1, 1, 32) if m == 1 and k_bytes <= 4096 else (1, 4, 1, 16)
-    if k_bytes > 16384:
-        return 1, 8, 1, 16
-    return (1, 4, 1, 32) if k_bytes > 4096 else (1, 2, 1, 16)
+            return (1, 4, 1, 16, 1) if k_bytes > 8192 else (1, 4, 2, 8, 1)
+        return 1, 8, 2, 8, 8
+    return 1, 8, 1, 16, 8
 
 
 @lru_cache(4096)
 def _bind(
     m: int, k: int, sizes: tuple[int, ...], strides: tuple[int, ...], residual_stride: int, act: str,
-    config: tuple[int, int, int, int], int8: bool, ahead: bool, *_dtypes_device: Any,
+    config: tuple[int, int, int, int, int], int8: bool, ahead: bool, *_dtypes_device: Any,
 ) -> Launch:  # fmt: skip
     """strides: of x, then of the weights."""
-    row_warps, k_warps, groups, depth = config
+    row_warps, k_warps, groups, depth, batch = config
     k_bytes = k if int8 else 2 * k
     while k_warps * 64 > k_bytes:
         k_warps //= 2
@@ -477,7 +520,7 @@ def _bind(
     blocks = [triton.cdiv(n, block) for n in (sizes[:1] if act else sizes)]
     scalars = (
         strides[0], residual_stride, *_three(sizes), *_three(strides[1:]), blocks[0], sum(blocks[:2]),
-        steps // depth - 1, m, k, len(sizes), act, row_warps, k_warps, groups, depth, ahead, not interpreted(),
+        steps // depth - 1, m, k, len(sizes), act, row_warps, k_warps, groups, depth, batch, ahead, not interpreted(),
     )  # fmt: skip
     return Launch(_gemv, (sum(blocks),), scalars, row_warps * k_warps, ahead)
 
@@ -488,7 +531,7 @@ def _three(values: Sequence[Any]) -> tuple[Any, ...]:
 
 def gemv(
     x: Tensor, weights: list[Tensor], scales: list[Tensor | None], biases: list[Tensor | None],
-    residual: Tensor | None = None, act: str = "", config: tuple[int, int, int, int] | None = None,
+    residual: Tensor | None = None, act: str = "", config: tuple[int, int, int, int, int] | None = None,
 ) -> list[Tensor]:  # fmt: skip
     """x [..., K], 1 to 3 weights as :func:`reason` has them; one output [..., N_i] each, or one under ``act``."""
     lead, x = x.shape[:-1], rows(x)

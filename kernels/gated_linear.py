@@ -81,10 +81,18 @@ def run_each(
     return gated_act.OP(linear.OP(x, w_gate, s_gate, b_gate, None), linear.OP(x, w_up, s_up, b_up, None), act)
 
 
+def fake(
+    x: Tensor, w_gate: Tensor, w_up: Tensor, s_gate: Tensor | None, s_up: Tensor | None,
+    b_gate: Tensor | None, b_up: Tensor | None, act: str,
+) -> Tensor:  # fmt: skip
+    return x.new_empty((*x.shape[:-1], w_gate.shape[0]))
+
+
 OP = register(
     "gated_linear(Tensor x, Tensor w_gate, Tensor w_up, Tensor? s_gate, Tensor? s_up, Tensor? b_gate,"
     " Tensor? b_up, str act) -> Tensor",
     reference=reference,
+    fake=fake,
     kernels=[
         Kernel("native", "cpu", supports_native, run_native),
         Kernel("gemv", "cuda", supports_gemv, run_gemv),

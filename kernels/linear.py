@@ -107,9 +107,14 @@ def run_cublas(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | N
     return y if residual is None else y.add_(residual)
 
 
+def fake(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
 OP = register(
     "linear(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, Tensor? residual) -> Tensor",
     reference=reference,
+    fake=fake,
     kernels=[
         Kernel("native", "cpu", supports_native, run_native),
         Kernel("gemv", "cuda", supports_gemv, run_gemv),

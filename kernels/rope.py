@@ -180,9 +180,14 @@ def run_native(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor
     return _native.rope(x, None, None, cos, sin, None, None, None, interleaved)
 
 
+def fake(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
+
+
 OP = register(
     "rope(Tensor x, Tensor cos, Tensor sin, bool interleaved) -> Tensor",
     reference=reference,
+    fake=fake,
     kernels=[
         Kernel("triton", "cuda", supports_triton, run_triton),
         Kernel("native", "cpu", supports_native, run_native),

@@ -134,10 +134,18 @@ def run_native(
     return _native.rope(q, k, v, cos, sin, keys, values, pos, interleaved)
 
 
+def fake(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, pos: Tensor,
+    interleaved: bool,
+) -> Tensor:  # fmt: skip
+    return rope.fake(q, cos, sin, interleaved)
+
+
 OP = register(
     "rope_append(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values,"
     " Tensor pos, bool interleaved) -> Tensor",
     reference=reference,
+    fake=fake,
     kernels=[
         Kernel("triton", "cuda", supports_triton, run_triton),
         Kernel("native", "cpu", supports_native, run_native),

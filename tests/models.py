@@ -27,6 +27,7 @@ class Family:
     config: dict[str, Any] = field(default_factory=dict)
 
 
+# The grouped products of torch take rows of a multiple of 16 bytes, hence 104 and 56 for experts.
 def _modern(**more: Any) -> dict[str, Any]:
     """The argument names of Llama and its descendants."""
     return {
@@ -76,11 +77,11 @@ FAMILIES: dict[str, Family] = {
     "mpt": Family("mpt", {"d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 128, "expansion_ratio": 2}),
     "gpt_bigcode": Family("gpt_bigcode", {"n_embd": 60, "n_layer": 2, "n_head": 5, "n_positions": 128}),
     "mixtral": Family(
-        "mixtral", _modern(num_local_experts=4, num_experts_per_tok=2, sliding_window=WINDOW)
+        "mixtral", _modern(num_local_experts=4, intermediate_size=104, num_experts_per_tok=2, sliding_window=WINDOW)
     ),
     "qwen3_moe": Family(
         "qwen3_moe",
-        _modern(num_experts=5, num_experts_per_tok=2, moe_intermediate_size=52, mlp_only_layers=[0]),
+        _modern(num_experts=5, num_experts_per_tok=2, moe_intermediate_size=56, mlp_only_layers=[0]),
     ),
 }  # fmt: skip
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
@@ -114,10 +115,14 @@ def prompt(length: int, batch: int = 1, padding: int = 0, device: str = "cpu") -
 
 @torch.no_grad()
 def _randomise(model: nn.Module) -> None:
-    """Matrices that keep the scale of what they multiply; norms around their initial value; biases around 0."""
+    """Matrices that keep the scale of what they multiply, norms around their initial value, biases around 0.
+
+    Embeddings are small, so that the layers decide on the next token: most heads are tied to them.
+    """
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:
-            parameter.normal_(0, 0.02 if "emb" in name or "wte" in name else 1.5 * parameter.shape[-1] ** -0.5)
+            table = any(part in name for part in ("embed_tokens", "embeddings", "embed_positions", "wte", "wpe"))
+            parameter.normal_(0, 0.02 if table else 1.5 * parameter.shape[-1] ** -0.5)
         elif "norm" in name or "ln_" in name:
             parameter.add_(0.3 * torch.randn_like(parameter))
         else:

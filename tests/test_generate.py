@@ -28,7 +28,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from tinyfuse.optimize import optimize, restore
+from tinyfuse.api import optimize, restore
 
 SIZE = {
     "hidden_size": 32,

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tinyfuse.fallback import FallbackError
-from tinyfuse.optimize import optimize, restore
+from tinyfuse.api import optimize, restore
 
 TINY = {
     "hidden_size": 32,

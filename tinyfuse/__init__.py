@@ -14,8 +14,8 @@ if (_root / "kernels").is_dir() and (_root / "pyproject.toml").is_file():
     __path__.append(str(_root))
 
 _LAZY = {
-    "optimize": "tinyfuse.optimize",
-    "restore": "tinyfuse.optimize",
+    "optimize": "tinyfuse.api",
+    "restore": "tinyfuse.api",
     "quantize_": "tinyfuse.quantize",
     "explain": "tinyfuse.report",
 }

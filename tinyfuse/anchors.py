@@ -132,7 +132,10 @@ def _attention(node: Node) -> str | None:
         return None
     before = any(map(_scores, _upstream(node.all_input_nodes[0], _SCORES)))
     after = any(map(_scores, _downstream(node, _PASSIVE | {"mul"})))
-    return "softmax" if before and after else None
+    if not (before and after):
+        return None
+    capped = any(_name(n) == "tanh" for n in _upstream(node.all_input_nodes[0], _SCORES - {"tanh"}))
+    return "softmax, softcap" if capped else "softmax"
 
 
 def _norm(node: Node) -> str | None:

@@ -37,10 +37,11 @@ class Kernel:
 
 @dataclass
 class Op:
-    """``reference`` is the oracle, the fake implementation and the last fallback."""
+    """``reference`` is the oracle and the last fallback; ``fake`` gives metadata of the result."""
 
     name: str
     reference: Callable[..., Any]
+    fake: Callable[..., Any]
     kernels: Sequence[Kernel]
     broken: dict[str, str] = field(default_factory=dict)
 
@@ -84,14 +85,20 @@ def _tensors(args: Sequence[Any]):
             yield from _tensors(arg)
 
 
-def register(signature: str, *, reference: Callable[..., Any], kernels: Sequence[Kernel] = ()) -> Op:
+def register(
+    signature: str,
+    *,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any] | None = None,
+    kernels: Sequence[Kernel] = (),
+) -> Op:
     """Define ``torch.ops.tinyfuse`` op with the schema ``signature``, for example
     ``"scale(Tensor x, float by) -> Tensor"``. Mutated arguments are marked as in ATen: ``Tensor(a!) x``.
-    Kernels are tried in the order given."""
+    Kernels are tried in the order given. ``fake`` stands in for the reference where only metadata counts."""
     name = signature.partition("(")[0]
-    op = Op(name, reference, tuple(kernels))
+    op = Op(name, reference, fake or reference, tuple(kernels))
     _library.define(signature)
     _library.impl(name, op, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"tinyfuse::{name}", reference, lib=_library)
+    torch.library.register_fake(f"tinyfuse::{name}", op.fake, lib=_library)
     OPS[name] = op
     return op

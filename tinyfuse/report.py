@@ -286,11 +286,10 @@ def _unknown(anchor: Anchor) -> str:
         return f"{anchor.detail} without a gate is one kernel of stock torch, there is nothing to fuse it with"
     if anchor.kind == "linear" and anchor.detail == "experts":
         return "expert weights are multiplied by stock torch: tinyfuse has no kernel for grouped products"
-    if anchor.kind == "attention" and anchor.detail == "softmax":
-        return (
-            "it is written as products around a softmax in a form that no pattern covers; "
-            'attn_implementation="sdpa", where the model has it, is covered'
-        )
+    if anchor.detail == "softmax, softcap":
+        return "its scores pass through a softcap (tanh), which no pattern covers"
+    if anchor.detail == "softmax":
+        return "it is written as products around a softmax in a form that no pattern covers"
     return f"it is written ({anchor.detail or anchor.node.name}) in a form that no pattern covers"
 
 

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig, MistralConfig, MixtralConfig
 from transformers.generation.streamers import BaseStreamer
 
-from tinyfuse.optimize import optimize, restore
+from tinyfuse.api import optimize, restore
 from tinyfuse.runtime.step import Captured, Step
 
 pytestmark = pytest.mark.gpu

@@ -68,7 +68,7 @@ def _tinyfuse_int8(model: nn.Module) -> Any:
 
 
 def _tinyfuse(model: nn.Module) -> nn.Module:
-    from tinyfuse.optimize import optimize
+    from tinyfuse.api import optimize
 
     return optimize(model)
 

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
 
-from tinyfuse.graph.nodes import is_static, is_tensor, value
-from tinyfuse.graph.rewrite import run_fake
-from tinyfuse.op import OPS, Op
+from tinyfuse.graph.nodes import is_static, value
+from tinyfuse.graph.rewrite import op_of, run_fake
+from tinyfuse.op import Op
 
 
 @dataclass(frozen=True)
@@ -23,31 +24,24 @@ class Choice:
     reason: str | None
 
 
-def op_of(node: Node) -> Op | None:
-    """The tinyfuse op that ``node`` calls."""
-    if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "tinyfuse":
-        return OPS[node.target._schema.name.partition("::")[2]]
-    return None
-
-
 def lower(graph: Graph) -> tuple[Callable[..., Any], dict[Node, Choice]]:
     """Bind kernels where all shapes are static, else leave the choice to each call; returns the callable
     and what was chosen per op node."""
-    _refresh_values(graph)
+    static = all(is_static(v) for v in map(value, graph.nodes) if isinstance(v, torch.Tensor))
+    if static:
+        _refresh_values(graph)
     choices = {}
     for node in graph.nodes:
         op = op_of(node)
         if op is not None:
-            choices[node], node.target = _bind(op, node)
+            choices[node], node.target = _bind(op, node, static)
     return GraphModule(torch.nn.Module(), graph).forward, choices
 
 
-def _bind(op: Op, node: Node) -> tuple[Choice, Callable[..., Any]]:
-    tensors = [n for n in node.all_input_nodes if is_tensor(n)]
-    args = [[value(e) for e in a] if isinstance(a, (tuple, list)) else value(a) for a in node.args]
-    if not all(is_static(value(n)) for n in tensors):
+def _bind(op: Op, node: Node, static: bool) -> tuple[Choice, Callable[..., Any]]:
+    if not static:
         return Choice("at run time", None), _callable(op, op.__call__)
-    kernel, reason = op.choose(*args)
+    kernel, reason = op.choose(*map_arg(node.args, value))
     if kernel is None:
         return Choice("reference", reason), _callable(op, op.reference)
     return Choice(kernel.name, None), _callable(op, partial(op.run, kernel))
@@ -67,11 +61,10 @@ def _refresh_values(graph: Graph) -> None:
     """Example values downstream of the replacements: a fused op may lay its result out differently."""
     changed: set[Node] = set()
     for node in graph.nodes:
-        if node.op == "call_function" and (op_of(node) or any(n in changed for n in node.all_input_nodes)):
-            before = value(node)
-            if not isinstance(before, torch.Tensor) or node.kwargs:
-                continue
-            after = run_fake(node)
-            if op_of(node) or after.stride() != before.stride():
-                node.meta["example_value"] = after
+        if node.op != "call_function" or node.kwargs:
+            continue
+        if op_of(node) or any(n in changed for n in node.all_input_nodes):
+            before, after = value(node), run_fake(node)
+            node.meta["example_value"] = after
+            if not isinstance(before, torch.Tensor) or before.stride() != after.stride():
                 changed.add(node)

@@ -8,7 +8,7 @@ has vanished in the normal form, so :func:`cast` also matches its absence there.
 
 from __future__ import annotations
 
-import inspect
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
@@ -174,8 +174,8 @@ class Pattern:
 
     def __post_init__(self) -> None:
         if not self.source:
-            frame = inspect.stack()[2]
-            object.__setattr__(self, "source", f"{frame.filename}:{frame.lineno}")
+            frame = sys._getframe(2)
+            object.__setattr__(self, "source", f"{frame.f_code.co_filename}:{frame.f_lineno}")
 
     @property
     def size(self) -> int:

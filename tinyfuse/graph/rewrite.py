@@ -13,12 +13,14 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch._subclasses import FakeTensor
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from tinyfuse.graph.nodes import is_tensor, storage, value, writes
 from tinyfuse.graph.pattern import Binding, Call, Capture, Match, Pattern, match, walk
+from tinyfuse.op import OPS, Op
 
 
 @dataclass
@@ -50,16 +52,27 @@ def rewrite(graph: Graph, patterns: Sequence[Pattern]) -> Outcome:
 
 def _apply(graph: Graph, pattern: Pattern, outcome: Outcome) -> None:
     heads = pattern.targets()
-    order: dict[Node, int] | None = None
+    order: _Order | None = None
     for node in list(graph.nodes):
         if node.target not in heads or node.op != "call_function" or node._erased:
             continue
-        order = order or {n: i for i, n in enumerate(graph.nodes)}
+        order = order or _Order(graph)
         if _rewrite_at(graph, node, pattern, order, outcome):
             order = None
 
 
-def _rewrite_at(graph: Graph, node: Node, pattern: Pattern, order: dict[Node, int], outcome: Outcome) -> bool:
+class _Order:
+    """The nodes of a graph in order, their positions, and which of them write what."""
+
+    def __init__(self, graph: Graph):
+        self.nodes = list(graph.nodes)
+        self.index = {node: i for i, node in enumerate(self.nodes)}
+
+    def __getitem__(self, node: Node) -> int:
+        return self.index[node]
+
+
+def _rewrite_at(graph: Graph, node: Node, pattern: Pattern, order: _Order, outcome: Outcome) -> bool:
     reason = None
     for binding, roots in _matches(pattern, node):
         found = Match(binding, roots)
@@ -113,7 +126,7 @@ def _refusal(found: Match, pattern: Pattern) -> str | None:
 class _Site:
     """One match in the graph: what is inside, what comes in, where the replacement may stand."""
 
-    def __init__(self, found: Match, pattern: Pattern, order: dict[Node, int]):
+    def __init__(self, found: Match, pattern: Pattern, order: _Order):
         self.found, self.pattern, self.order = found, pattern, order
         shared = {n for e, n in found.nodes.items() if isinstance(e, Call) and e.shared}
         self.inside = (set(found.nodes.values()) | set(found.roots)) - shared
@@ -125,7 +138,7 @@ class _Site:
                 return f"its inner value '{node.name}' is used elsewhere too"
         ready = max((self.order[n] for n in self.inputs), default=-1)
         outside = [u for root in self.found.roots for u in root.users if u not in self.inside]
-        needed = min((self.order[u] for u in outside), default=len(self.order))
+        needed = min((self.order[u] for u in outside), default=len(self.order.nodes))
         last = max(self.order[n] for n in self.inside)
         self.position = min(last, needed - 1)
         if ready > self.position:
@@ -136,21 +149,21 @@ class _Site:
         """A write of an input, or an access to what the match writes, that the rewrite would move across."""
         first = min(self.order[n] for n in self.inside)
         last = max(self.position, max(self.order[n] for n in self.inside))
-        read = {storage(n) for n in self.inputs} - {None}
         written = {storage(w) for n in self.inside for w in writes(n)}
-        for node, index in self.order.items():
-            if first < index <= last and node not in self.inside:
-                if any(storage(w) in read for w in writes(node)):
-                    return f"an input is written in place by '{node.name}' in between"
-                if any(is_tensor(a) and storage(a) in written for a in node.all_input_nodes):
-                    return f"'{node.name}' uses the memory it writes in between"
+        for node in self.order.nodes[first + 1 : last + 1]:
+            if node in self.inside:
+                continue
+            touched = {storage(w) for w in writes(node)}
+            if touched and touched & {storage(n) for n in self.inputs}:
+                return f"an input is written in place by '{node.name}' in between"
+            if written and any(is_tensor(a) and storage(a) in written for a in node.all_input_nodes):
+                return f"'{node.name}' uses the memory it writes in between"
         return None
 
     def replace(self, graph: Graph, values: Sequence[Any], effects: Sequence[Call], outcome: Outcome) -> None:
-        anchor = next(n for n, i in self.order.items() if i == self.position)
-        build = _Builder(graph, anchor, self.found.roots[0])
-        with graph.inserting_after(anchor):
-            news = [build(e) for e in (*effects, *values)]
+        known = {id(new): value(root) for root, new in zip(self.found.roots, values, strict=True)}
+        build = _Builder(graph, self.order.nodes[self.position], self.found.roots[0], known)
+        news = [build(e) for e in (*effects, *values)]
         main = next(n for n in news if n is not None)
         while main in build.made and main.target is operator.getitem:
             main = main.args[0]
@@ -164,10 +177,11 @@ class _Site:
 
 
 class _Builder:
-    """Emits replacement expressions after ``anchor``, in order, with example values."""
+    """Emits replacement expressions after ``anchor``, in order. ``known``: example values by expression; those of
+    other ops are left to the lowering, which needs them only where shapes are static."""
 
-    def __init__(self, graph: Graph, anchor: Node, origin: Node):
-        self.graph, self.last, self.origin = graph, anchor, origin
+    def __init__(self, graph: Graph, anchor: Node, origin: Node, known: dict[int, Any]):
+        self.graph, self.last, self.origin, self.known = graph, anchor, origin, known
         self.made: set[Node] = set()
         self.done: dict[int, Node] = {}
 
@@ -183,7 +197,10 @@ class _Builder:
             self.last = node
             self.made.add(node)
             self.done[id(expr)] = node
-            node.meta["example_value"] = run_fake(node)
+            if id(expr) in self.known:
+                node.meta["example_value"] = self.known[id(expr)]
+            elif op_of(node) is None:
+                node.meta["example_value"] = run_fake(node)
             node.meta["nn_module_stack"] = self.origin.meta.get("nn_module_stack")
         return self.done[id(expr)]
 
@@ -192,5 +209,13 @@ def run_fake(node: Node) -> Any:
     """The example value of a call, from those of its arguments."""
     args = map_arg(node.args, value)
     fake = next((v for v in map(value, node.all_input_nodes) if isinstance(v, FakeTensor)), None)
+    op = op_of(node)
     with fake.fake_mode if fake is not None else nullcontext():
-        return node.target(*args)
+        return node.target(*args) if op is None else op.fake(*args)
+
+
+def op_of(node: Node) -> Op | None:
+    """The tinyfuse op that ``node`` calls."""
+    if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "tinyfuse":
+        return OPS[node.target._schema.name.partition("::")[2]]
+    return None

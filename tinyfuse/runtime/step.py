@@ -199,8 +199,13 @@ class Step:
         """Check Dynamo's guards once more, for a model may have changed since; whether the step is still valid."""
         if self.call is None:
             return True
+        counters = self.slot.counters()
+        held = [counter.clone() for counter in counters]
         call = intercept(self._forward)
-        return call is not None and call.run is self.call.run and _addresses(call) == self.addresses
+        if call is None:  # the forward ran
+            torch._foreach_copy_(counters, held)
+            return False
+        return call.run is self.call.run and _addresses(call) == self.addresses
 
     def logits(self) -> Tensor:
         """Run the forward on the buffers and move them on; the logits of the next token [batch, vocabulary]."""
