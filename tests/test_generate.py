@@ -294,15 +294,28 @@ def test_the_stock_way_and_its_reason(llama, arguments, reason):
 
 
 def test_no_recompile(covered):
-    """Prompts of any length, of one or several rows, with any number of new tokens and any cache length."""
+    """Prompts of any length, of one or several rows, with any number of new tokens."""
     prompts = [torch.randint(1, 96, (rows, length)) for length in range(3, 43, 2) for rows in (1, 3)]
     for rows in (1, 3):
         covered.same(input_ids=prompts[rows // 2])
+    stats = torch._dynamo.utils.counters["stats"]
+    graphs = stats["unique_graphs"]
     with torch._dynamo.config.patch(error_on_recompile=True):
         for prompt in prompts:
             for count in (3, 17):
                 covered.fast.generate(prompt, do_sample=False, max_new_tokens=count)
-        covered.fast.generate(prompts[0], do_sample=False, max_new_tokens=600)
+    assert stats["unique_graphs"] == graphs
+
+
+def test_over_the_recompile_limit():
+    """Dynamo then runs the forward without a graph; the tokens stay right."""
+    pair = Pair(LlamaConfig(**SIZE))
+    pair.same(**ONE)
+    with torch._dynamo.config.patch(recompile_limit=1):
+        pair.same(**ONE, max_new_tokens=600)
+        pair.fast.config._attn_implementation = "eager"
+        pair.same(**ONE, max_new_tokens=5)
+        pair.same(**ONE, max_new_tokens=5)
 
 
 def test_batch_and_length_change(covered):

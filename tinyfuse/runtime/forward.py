@@ -90,33 +90,42 @@ def _compile(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class CompiledForward:
-    """Calls ``forward`` through the backend. Prompts share a graph whatever their length; so do single tokens."""
+    """Calls ``forward`` through the backend, with one compiled function per kind of call.
+
+    Prompts of all lengths are one kind, single tokens another; so are one row and several (Dynamo never generalises
+    from 1), other arguments, and other autograd modes. Each kind has few graphs, so none meets the recompile limit.
+    """
 
     def __init__(self, forward: Callable[..., Any]):
+        self.forward = forward
         parameters = inspect.signature(forward).parameters.values()
         self.names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
-        self.prompt = _compile(forward)
-        self.token = _compile(forward)
+        self.compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # By name, as generate calls it: otherwise model(ids) and model(input_ids=ids) would be two graphs.
         names = self.names[: len(args)]
         if len(names) == len(args) and not kwargs.keys() & set(names):
             args, kwargs = (), dict(zip(names, args, strict=True)) | kwargs
-        return (self.prompt if mark_dynamic(kwargs) else self.token)(*args, **kwargs)
+        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        kind = (*mark_dynamic(kwargs), *modes, *kwargs)
+        if kind not in self.compiled:
+            self.compiled[kind] = _compile(self.forward)
+        return self.compiled[kind](*args, **kwargs)
 
 
-def mark_dynamic(inputs: dict[str, Any]) -> bool:
-    """Mark what grows with the prompt or the cache as dynamic; whether the inputs are longer than one token."""
-    longer = False
+def mark_dynamic(inputs: dict[str, Any]) -> tuple[bool, bool]:
+    """Mark what grows with the prompt or the cache as dynamic; whether there are several tokens, several rows."""
+    tokens = rows = False
     for name in SEQUENCE_INPUTS:
         value = inputs.get(name)
         for tensor in value.values() if isinstance(value, dict) else (value,):
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and tensor.ndim:
                 dims = _sequence_dims(name, tensor)
                 torch._dynamo.maybe_mark_dynamic(tensor, dims)
-                longer |= bool(dims) and name in ("input_ids", "inputs_embeds")
-    return longer
+                if name in ("input_ids", "inputs_embeds"):
+                    tokens, rows = tokens or bool(dims), rows or tensor.shape[0] > 1
+    return tokens, rows
 
 
 def _sequence_dims(name: str, tensor: Tensor) -> list[int]:

@@ -180,7 +180,7 @@ class Decoder:
         except NotAdvanceable as reason:
             self._unfollowed(str(reason))
             return
-        step = Step(self.model, self.runtime.compiled.token, self.slot, inputs)
+        step = Step(self.model, self.runtime.compiled, self.slot, inputs, self.runtime.streams)
         if step.unbound:
             self.runtime.fall_back(f"no step is captured, each runs the compiled forward: {step.unbound}")
         self.step = self.slot.steps[self.kind] = step

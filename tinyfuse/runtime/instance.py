@@ -50,8 +50,16 @@ class Runtime:
 
         return CachePool(self.model, self.stock("forward"))
 
+    @cached_property
+    def streams(self):
+        from tinyfuse.runtime.step import CaptureStreams
+
+        return CaptureStreams()
+
     def release(self) -> None:
         """Drop graphs and caches; the next use makes them anew."""
+        if "streams" in self.__dict__:
+            self.streams.release()
         for name in ("compiled", "pool", "last"):
             self.__dict__.pop(name, None)
 

@@ -9,13 +9,13 @@ graph to replay, elsewhere one call of the compiled graph.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from tinyfuse.runtime.cache import Slot
-from tinyfuse.runtime.forward import GraphCall, intercept, mark_dynamic, record_graphs
+from tinyfuse.runtime.forward import GraphCall, intercept, record_graphs
 
 ROWS = 128
 TABLE_BYTES = 1 << 25  # a block has fewer rows if its masks would take more
@@ -77,7 +77,6 @@ class Inputs:
             else self.buffers.get(name, value)
             for name, value in first.items()
         }
-        mark_dynamic(self.arguments)
 
     @staticmethod
     def _row_dim(name: str, first: Tensor, block: Tensor | None) -> int | None:
@@ -163,8 +162,10 @@ class Greedy:
 class Step:
     """A decode step bound to the memory of ``slot`` and ``inputs``, for ``forward``, the compiled forward."""
 
-    def __init__(self, model: nn.Module, forward: Callable[..., Any], slot: Slot, inputs: Inputs):
-        self.forward, self.slot, self.inputs = forward, slot, inputs
+    def __init__(
+        self, model: nn.Module, forward: Callable[..., Any], slot: Slot, inputs: Inputs, streams: CaptureStreams
+    ):
+        self.forward, self.slot, self.inputs, self.streams = forward, slot, inputs, streams
         self.greedy: dict[int, Greedy] = {}
         self.runners: dict[str, Callable[[], Tensor]] = {}
         self.call: GraphCall | None = None
@@ -176,12 +177,12 @@ class Step:
     def _bind(self, model: nn.Module) -> str | None:
         """Find the one graph call that the forward amounts to; the reason if it amounts to more."""
         counters = self.slot.counters()
-        held = [counter.clone() for counter in counters]
+        held = torch.stack(counters)
         before = python_state(model, self.slot)
         with record_graphs() as calls:
             logits = self._forward().logits
         changed = python_state(model, self.slot) != before
-        torch._foreach_copy_(counters, held)
+        torch._foreach_copy_(counters, list(held))
         if len(calls) != 1:
             return f"the model's forward runs as {len(calls)} graphs, not as one"
         if changed:
@@ -200,10 +201,10 @@ class Step:
         if self.call is None:
             return True
         counters = self.slot.counters()
-        held = [counter.clone() for counter in counters]
+        held = torch.stack(counters)
         call = intercept(self._forward)
         if call is None:  # the forward ran
-            torch._foreach_copy_(counters, held)
+            torch._foreach_copy_(counters, list(held))
             return False
         return call.run is self.call.run and _addresses(call) == self.addresses
 
@@ -228,21 +229,42 @@ class Step:
             self.runners[name] = run
             if self.inputs.token.device.type == "cuda" and self.call is not None:
                 state = [*self.slot.counters(), *self.inputs.buffers.values(), self.inputs.row]
-                self.runners[name] = Captured(run, state + (greedy.state if greedy is not None else []))
+                state += greedy.state if greedy is not None else []
+                self.runners[name] = Captured(run, state, self.streams.on(state[0].device))
         return self.runners[name]
+
+
+class CaptureStreams:
+    """The streams that one model captures on, one per device. They go back for the next model to use."""
+
+    free: ClassVar[dict[torch.device, list[torch.cuda.Stream]]] = {}
+
+    def __init__(self) -> None:
+        self.held: dict[torch.device, torch.cuda.Stream] = {}
+
+    def on(self, device: torch.device) -> torch.cuda.Stream:
+        if device not in self.held:
+            free = self.free.get(device)
+            self.held[device] = free.pop() if free else torch.cuda.Stream(device)
+        return self.held[device]
+
+    def release(self) -> None:
+        for device, stream in self.held.items():
+            self.free.setdefault(device, []).append(stream)
+        self.held.clear()
 
 
 class Captured:
     """``run`` as one CUDA graph.
 
     ``state``: what ``run`` changes and has to be found unchanged after the warm-up. The keys and values that the
-    warm-up writes are those that the first replay writes again.
+    warm-up writes are those that the first replay writes again. ``stream`` is one that no other model captures on:
+    cuBLAS keeps a workspace per stream (32 MiB on Hopper), which graphs that run at the same time must not share.
     """
 
-    def __init__(self, run: Callable[[], Tensor], state: list[Tensor]):
+    def __init__(self, run: Callable[[], Tensor], state: list[Tensor], stream: torch.cuda.Stream):
         held = [tensor.clone() for tensor in state]
         device = state[0].device
-        stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             for _ in range(WARM_UPS):
