@@ -95,8 +95,8 @@ class Segment:
         self.written = written
         self.reason: str | None = None
         self._staged: dict[int, Tensor] = {}
-        self._last: tuple[int, ...] = ()
-        self._programs: dict[tuple[int, ...], Program] = {}
+        self._last: tuple[Any, ...] = ()
+        self._programs: dict[tuple[Any, ...], Program] = {}
         self._lock = threading.Lock()
 
     def __call__(self, *args: Any) -> Any:
@@ -112,7 +112,7 @@ class Segment:
             args = list(args)
             for i, buffer in self._staged.items():
                 args[i] = buffer.copy_(args[i])
-        key = (_native.threads(), *[arg.data_ptr() if isinstance(arg, Tensor) else 0 for arg in args])
+        key = (_native.threads(), *[arg.data_ptr() if isinstance(arg, Tensor) else arg for arg in args])
         program = self._programs.get(key)
         if program is not None:
             return tree_map_only(Tensor, Tensor.clone, program.replay())
@@ -122,7 +122,9 @@ class Segment:
         """Small inputs that have moved since the last call are staged from the next call on; then a key can return."""
         last, self._last = self._last, key
         moved = [i for i in range(len(args)) if last and key[i + 1] != last[i + 1] and i not in self._staged]
-        stage = [i for i in moved if i not in self.written and args[i].nbytes <= STAGED_BYTES]
+        stage = [
+            i for i in moved if isinstance(args[i], Tensor) and i not in self.written and args[i].nbytes <= STAGED_BYTES
+        ]
         with torch.inference_mode(False):  # a tensor of inference mode could not be written outside it
             self._staged.update((i, args[i].clone()) for i in stage)
         if not last or stage:

@@ -18,6 +18,7 @@ from tinyfuse import fallback
 
 _library = torch.library.Library("tinyfuse", "DEF")
 OPS: dict[str, Op] = {}
+MOST_CHOICES = 4096  # remembered per op; prompts of ever new lengths each add one
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Op:
     fake: Callable[..., Any]
     kernels: Sequence[Kernel]
     broken: dict[str, str] = field(default_factory=dict)
+    chosen: dict[tuple, Kernel | None] = field(default_factory=dict)
 
     def choose(self, *args: Any) -> tuple[Kernel | None, str | None]:
         """The first kernel that supports ``args``, else ``None`` and why the reference runs."""
@@ -60,6 +62,9 @@ class Op:
     def run(self, kernel: Kernel, *args: Any) -> Any:
         """Run ``kernel``; one that cannot be built or launched is replaced by the reference from then on."""
         try:
+            if kernel.device == "cuda" and (device := next(_tensors(args)).device).index != torch.cuda.current_device():
+                with torch.cuda.device(device):  # Triton launches on the current device
+                    return kernel.run(*args)
             return kernel.run(*args)
         except torch.OutOfMemoryError:
             raise
@@ -67,14 +72,31 @@ class Op:
             reason = f"kernel {self.name}/{kernel.name} failed: {type(error).__name__}: {error}"
             fallback.record(f"{self.name}/{kernel.name}", reason, error)
             self.broken[kernel.name] = reason
+            self.chosen.clear()
             return self.reference(*args)
 
     def __call__(self, *args: Any) -> Any:
-        kernel, reason = self.choose(*args)
-        if kernel is None:
-            fallback.note(self.name, reason)
-            return self.reference(*args)
-        return self.run(kernel, *args)
+        """Run the op on the kernel for its arguments; the choice is remembered by their metadata."""
+        key = _metadata(args)
+        if key not in self.chosen:
+            if len(self.chosen) >= MOST_CHOICES:
+                self.chosen.clear()
+            self.chosen[key], reason = self.choose(*args)
+            if reason is not None:
+                fallback.note(self.name, reason)
+        kernel = self.chosen[key]
+        return self.reference(*args) if kernel is None else self.run(kernel, *args)
+
+
+def _metadata(args: Sequence[Any]) -> tuple:
+    return tuple(
+        (a.dtype, a.shape, a.stride(), a.device)
+        if isinstance(a, torch.Tensor)
+        else _metadata(a)
+        if isinstance(a, list)
+        else a
+        for a in args
+    )
 
 
 def _tensors(args: Sequence[Any]):

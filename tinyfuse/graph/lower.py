@@ -10,10 +10,14 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
+from torch.utils._pytree import tree_leaves
 
-from tinyfuse.graph.nodes import is_static, value
+from tinyfuse.graph.nodes import is_static, value, writes
 from tinyfuse.graph.rewrite import op_of, run_fake
+from tinyfuse.graph.segments import make_segments
 from tinyfuse.op import Op
+
+AT_RUN_TIME = "at run time"
 
 
 @dataclass(frozen=True)
@@ -25,22 +29,42 @@ class Choice:
 
 
 def lower(graph: Graph) -> tuple[Callable[..., Any], dict[Node, Choice]]:
-    """Bind kernels where all shapes are static, else leave the choice to each call; returns the callable
+    """Bind kernels where shapes are static, else leave the choice to each call; returns the callable
     and what was chosen per op node."""
-    static = all(is_static(v) for v in map(value, graph.nodes) if isinstance(v, torch.Tensor))
-    if static:
-        _refresh_values(graph)
-    choices = {}
+    _refresh_values(graph)
+    choices, written = {}, {}
     for node in graph.nodes:
         op = op_of(node)
         if op is not None:
-            choices[node], node.target = _bind(op, node, static)
-    return GraphModule(torch.nn.Module(), graph).forward, choices
+            written[node] = writes(node)
+            choices[node], node.target = _bind(op, node)
+    return GraphModule(torch.nn.Module(), _executable(graph, choices, written)).forward, choices
 
 
-def _bind(op: Op, node: Node, static: bool) -> tuple[Choice, Callable[..., Any]]:
-    if not static:
-        return Choice("at run time", None), _callable(op, op.__call__)
+def _executable(graph: Graph, choices: dict[Node, Choice], written: dict[Node, list[Node]]) -> Graph:
+    """A copy of ``graph`` to run, with its runs of native CPU kernels on small fixed shapes made segments."""
+    copy, copies = Graph(), {}
+    copy.output(copy.graph_copy(graph, copies))
+    native = {copies[node] for node, choice in choices.items() if _replayable(node, choice)}
+    make_segments(copy, native, {copies[n]: [copies[w] for w in ws] for n, ws in written.items()})
+    return copy
+
+
+def _replayable(node: Node, choice: Choice) -> bool:
+    """Whether ``node`` runs, or may run, a native CPU kernel whose result has a fixed shape: not that of a prompt."""
+    if choice.kernel not in ("native", AT_RUN_TIME):
+        return False
+    results = [v for v in tree_leaves(value(node)) if isinstance(v, torch.Tensor)]
+    return all(is_static(v) and v.device.type == "cpu" for v in results)
+
+
+def _static_inputs(node: Node) -> bool:
+    return all(is_static(v) for v in map(value, node.all_input_nodes) if isinstance(v, torch.Tensor))
+
+
+def _bind(op: Op, node: Node) -> tuple[Choice, Callable[..., Any]]:
+    if not _static_inputs(node):
+        return Choice(AT_RUN_TIME, None), _callable(op, op.__call__)
     kernel, reason = op.choose(*map_arg(node.args, value))
     if kernel is None:
         return Choice("reference", reason), _callable(op, op.reference)
@@ -58,12 +82,13 @@ def _callable(op: Op, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _refresh_values(graph: Graph) -> None:
-    """Example values downstream of the replacements: a fused op may lay its result out differently."""
+    """Example values of the replacements, where their inputs have static shapes, and of what follows from them:
+    a fused op may lay its result out differently."""
     changed: set[Node] = set()
     for node in graph.nodes:
         if node.op != "call_function" or node.kwargs:
             continue
-        if op_of(node) or any(n in changed for n in node.all_input_nodes):
+        if (op_of(node) and _static_inputs(node)) or any(n in changed for n in node.all_input_nodes):
             before, after = value(node), run_fake(node)
             node.meta["example_value"] = after
             if not isinstance(before, torch.Tensor) or before.stride() != after.stride():

@@ -131,8 +131,10 @@ def _positional(target: Callable, node: Node) -> tuple | None:
     args, kwargs = node.args, dict(node.kwargs)
     if target in _SHAPE_ARGS:
         shape = args[1:] or tuple(kwargs.pop("shape", kwargs.pop("size", ())))
-        if len(shape) == 1 and isinstance(shape[0], Node) and shape[0].target is torch.Size:
-            shape = shape[0].args
+        if len(shape) == 1 and isinstance(value(shape[0]), tuple):
+            if not isinstance(shape[0], (tuple, list)) and shape[0].target is not torch.Size:
+                return None  # the size of another tensor, as one value
+            shape = shape[0].args if isinstance(shape[0], Node) else shape
         shape = tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else tuple(shape)
         return None if kwargs or (node.target == "view" and not _is_size(shape)) else (args[0], shape)
     if target is torch.Tensor.contiguous:

@@ -47,7 +47,8 @@ def batch_counters(graph: Graph) -> None:
     if len(sites) < 2:
         return
     counters = [site[0] for site in sites]
-    with graph.inserting_before(sites[0][1]):
+    first = next(node for node in graph.nodes if node.op != "placeholder")
+    with graph.inserting_before(first):
         copies = _emit(graph, torch._foreach_add, (counters, 0))
         for index, (_, position, _) in enumerate(sites):
             one = _emit(graph, operator.getitem, (copies, index))
