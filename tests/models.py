@@ -42,7 +42,10 @@ FAMILIES: dict[str, Family] = {
     "qwen2": Family("qwen2", _modern()),
     "qwen3": Family("qwen3", _modern(head_dim=16)),
     "gemma": Family("gemma", _modern(num_key_value_heads=1, head_dim=20)),
-    "gemma2": Family("gemma2", _modern(sliding_window=WINDOW, query_pre_attn_scalar=15, head_dim=16)),
+    "gemma2": Family(  # with its softcap, which sdpa leaves out
+        "gemma2",
+        _modern(sliding_window=WINDOW, query_pre_attn_scalar=15, head_dim=16, attn_implementation="eager"),
+    ),
     "gemma3": Family(
         "gemma3_text",
         _modern(

@@ -23,7 +23,7 @@ _SHAPES = {
     "view", "reshape", "transpose", "permute", "contiguous", "expand", "unsqueeze", "squeeze", "flatten", "getitem",
     "chunk", "split", "unbind", "t", "getattr", "repeat", "clone", "swapaxes",
 }  # fmt: skip
-_PASSIVE = _CASTS | _SHAPES | {"dropout", "clamp"}
+_PASSIVE = _CASTS | _SHAPES | {"dropout", "clamp", "masked_fill"}
 _SUMS = {"add", "iadd", "add_"}
 _SCORES = _PASSIVE | _SUMS | {
     "mul", "imul", "truediv", "itruediv", "div", "sub", "where", "masked_fill", "masked_fill_", "tanh", "cat", "amax",
