@@ -9,31 +9,37 @@ exact int32 sums. Two digits carry 16 bits of the row's largest magnitude.
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from tinyfuse.kernels._gemv import rows
-from tinyfuse.kernels._triton import jit, pdl, tl, triton
+from tinyfuse.kernels._triton import Launch, jit, pdl, tl, triton
 
 MOST_ROWS = 256  # beyond, expanding the weight and cuBLAS are faster
 
 
 @jit
-def _split(x, out, scale, stride, M, K, DIGITS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """Row ``program_id(0)`` of x [M, K] as its digits, [DIGITS, M, K], and its scale."""
+def _split(x, out, scale, stride, rows, K, DIGITS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """Row ``program_id(0)`` of x as its digits, [DIGITS, rows, K], and its scale."""
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     value = tl.load(x + row * stride + k, mask=k < K, other=0.0).to(tl.float32)
+    # The bits of |x| order as integers do, with infinities and NaN on top: a row that holds one becomes NaN.
+    largest = tl.max(tl.abs(value).to(tl.int32, bitcast=True), 0)
+    bad = largest >= 0x7F800000
+    largest = tl.maximum(largest.to(tl.float32, bitcast=True), 1e-30)
     limit: tl.constexpr = 8355000.0 if DIGITS == 3 else 32639.0  # 127.5 * 256^d, less room to round up
-    step = tl.maximum(tl.max(tl.abs(value), 0), 1e-30) / limit + tl.sum(value - value, 0)
-    number = tl.floor(value / step + 0.5).to(tl.int32) + (0x808080 if DIGITS == 3 else 0x8080)
-    tl.store(scale + row, step)
+    tl.store(scale + row, tl.where(bad, float("nan"), largest / limit))
+    number = tl.floor(value * (limit / largest) + 0.5).to(tl.int32) + (0x808080 if DIGITS == 3 else 0x8080)
     for d in tl.static_range(DIGITS):
         digit = ((number >> (8 * (DIGITS - 1 - d))) & 255) - 128
-        tl.store(out + (d * M + row) * K + k, digit.to(tl.int8), mask=k < K)
+        tl.store(out + (d * rows + row) * K + k, digit.to(tl.int8), mask=k < K)
 
 
 @jit
@@ -43,26 +49,28 @@ def _tile(at, k, left, EVEN: tl.constexpr):
 
 @jit
 def _gemm(
-    x, x_scale, w, w_stride, scale, bias, residual, residual_stride, y, M, N, K,
+    x, x_scale, w, scale, bias, residual, y, parts, w_stride, residual_stride, M, rows, N, K, per_part,
     EVEN: tl.constexpr, DIGITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A tile of y. x: digits [DIGITS, M, K]. Programs that share weights are neighbours."""
+    """A tile of y, or of one of PARTS shares of K. x: digits [DIGITS, rows, K]. Programs that share weights are
+    neighbours."""
     blocks_m = tl.cdiv(M, BLOCK_M)
+    part = tl.program_id(1)
     m = tl.program_id(0) % blocks_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(0) // blocks_m * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     w += tl.minimum(n, N - 1).to(tl.int64)[:, None] * w_stride + k[None, :]
-    x0 = x + tl.minimum(m, M - 1).to(tl.int64)[:, None] * K + k[None, :]
-    x1 = x0 + M.to(tl.int64) * K
-    x2 = x1 + M.to(tl.int64) * K
+    x0 = x + m.to(tl.int64)[:, None] * K + k[None, :]
+    x1 = x0 + rows.to(tl.int64) * K
+    x2 = x1 + rows.to(tl.int64) * K
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     acc0 = tl.zeros([BLOCK_N, BLOCK_M], tl.int32)
     acc1 = acc0
     acc2 = acc0
-    for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+    for start in tl.range(part * per_part, tl.minimum(part * per_part + per_part, K), BLOCK_K, num_stages=STAGES):
         a = _tile(w + start, k, K - start, EVEN)
         d0 = _tile(x0 + start, k, K - start, EVEN)
         d1 = _tile(x1 + start, k, K - start, EVEN)
@@ -75,50 +83,95 @@ def _gemm(
     if DIGITS == 3:
         total = total * 256.0 + acc2.to(tl.float32)
     total = tl.trans(total)
+    mask = (m < M)[:, None] & (n < N)[None, :]
+    if PARTS > 1:
+        at = (part * M + m).to(tl.int64)[:, None] * N + n[None, :]
+        tl.store(parts + at, total, mask=mask)
+    else:
+        _finish(total, x_scale, scale, bias, residual, residual_stride, y, m, n, mask, M, N)
+
+
+@jit
+def _finish(total, x_scale, scale, bias, residual, residual_stride, y, m, n, mask, M, N):
     total *= tl.load(x_scale + m, mask=m < M, other=0.0)[:, None] * tl.load(scale + n, mask=n < N, other=0.0)[None, :]
     if bias is not None:
         total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    mask = (m < M)[:, None] & (n < N)[None, :]
     if residual is not None:
         at = residual + m.to(tl.int64)[:, None] * residual_stride + n[None, :]
         total += tl.load(at, mask=mask, other=0.0).to(tl.float32)
     tl.store(y + m.to(tl.int64)[:, None] * N + n[None, :], total.to(y.dtype.element_ty), mask=mask)
 
 
+@jit
+def _combine(
+    parts, x_scale, scale, bias, residual, y, residual_stride, M, N,
+    PARTS: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The sum over the shares of K, in their order, of a row of y."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    m = tl.program_id(0) + tl.arange(0, 1)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = (m < M)[:, None] & (n < N)[None, :]
+    at = parts + m.to(tl.int64)[:, None] * N + n[None, :]
+    total = tl.load(at, mask=mask, other=0.0)
+    for part in tl.static_range(1, PARTS):
+        total += tl.load(at + part * M.to(tl.int64) * N, mask=mask, other=0.0)
+    _finish(total, x_scale, scale, bias, residual, residual_stride, y, m, n, mask, M, N)
+
+
+@lru_cache(4096)
+def _bind_split(m: int, k: int, count: int, padded: int, stride: int, ahead: bool, *_dtype_device: Any) -> Launch:
+    block = triton.next_power_of_2(k)
+    return Launch(_split, (m,), (stride, padded, k, count, block, ahead), min(16, max(4, block // 512)), ahead)
+
+
+def split(x: Tensor, count: int, padded: int) -> tuple[Tensor, Tensor]:
+    """x [M, K] as int8 digits [count, padded, K], of which rows from M on are not written, and fp32 scales [M]."""
+    m, k = x.shape
+    digits = x.new_empty((count, padded, k), dtype=torch.int8)
+    scale = x.new_empty((m,), dtype=torch.float32)
+    _bind_split(m, k, count, padded, x.stride(0), pdl(x.device), x.dtype, x.device)(x, digits, scale)
+    return digits, scale
+
+
 def gemm(
     x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, residual: Tensor | None,
-    config: tuple[int, int, int, int, int, int] | None = None,
+    config: tuple[int, int, int, int, int, int, int] | None = None,
 ) -> Tensor:  # fmt: skip
-    """x [..., K], int8 weight [N, K]; config: digits, rows, columns, depth of a tile, stages, warps."""
+    """x [..., K], int8 weight [N, K]; config: digits, rows, columns, depth of a tile, stages, warps, shares of K."""
     lead, x = x.shape[:-1], rows(x)
     m, k = x.shape
     n = weight.shape[0]
-    count, block_m, block_n, block_k, stages, warps = config or tile(m, n)
+    count, block_m, block_n, block_k, stages, warps, parts = config or tile(m, n)
     y = x.new_empty((*lead, n))
     if residual is not None:
         residual = residual.reshape(-1, n)
         residual = residual if residual.stride(1) == 1 else residual.contiguous()
-    digits = torch.empty((count, m, k), dtype=torch.int8, device=x.device)
-    x_scale = torch.empty(m, dtype=torch.float32, device=x.device)
-    extra = {"launch_pdl": True} if pdl(x.device) else {}
-    block = triton.next_power_of_2(k)
-    warps_split = min(16, max(4, block // 512))
-    _split[(m,)](x, digits, x_scale, x.stride(0), m, k, count, block, bool(extra), num_warps=warps_split, **extra)
-    _gemm[(triton.cdiv(m, block_m) * triton.cdiv(n, block_n),)](
-        digits, x_scale, weight, weight.stride(0), scale, bias, residual,
-        residual.stride(0) if residual is not None else 0, y, m, n, k,
-        k % block_k == 0, count, block_m, block_n, block_k, stages, bool(extra), num_warps=warps, **extra,
+    residual_stride = residual.stride(0) if residual is not None else 0
+    padded = triton.cdiv(m, block_m) * block_m
+    digits, x_scale = split(x, count, padded)
+    ahead = pdl(x.device)
+    extra = {"launch_pdl": True} if ahead else {}
+    sums = x.new_empty((parts, m, n), dtype=torch.float32) if parts > 1 else None
+    per_part = triton.cdiv(triton.cdiv(k, block_k), parts) * block_k
+    _gemm[(triton.cdiv(m, block_m) * triton.cdiv(n, block_n), parts)](
+        digits, x_scale, weight, scale, bias, residual, y, sums, weight.stride(0), residual_stride, m, padded, n, k,
+        per_part, k % block_k == 0, count, block_m, block_n, block_k, stages, parts, ahead, num_warps=warps, **extra,
     )  # fmt: skip
+    if parts > 1:
+        _combine[(m, triton.cdiv(n, 1024))](
+            sums, x_scale, scale, bias, residual, y, residual_stride, m, n, parts, 1024, ahead, num_warps=4, **extra
+        )
     return y
 
 
-def tile(m: int, n: int) -> tuple[int, int, int, int, int, int]:
-    """(digits, rows, columns and depth of a tile, stages, warps)."""
-    if m <= 32:
-        return (3, 32, 64, 128, 4, 4) if n >= 8192 else (3, 32, 64, 256, 3, 4)
-    if m <= 64:
-        return (2, 64, 64, 128, 4, 4) if n >= 8192 else (2, 64, 64, 256, 3, 4)
-    return 2, 64, 128, 128, 4, 4
+def tile(m: int, n: int) -> tuple[int, int, int, int, int, int, int]:
+    """(digits, rows, columns and depth of a tile, stages, warps, shares of K), as measured on an H200."""
+    block_m = 32 if m <= 32 else 64
+    parts = min(8, max(1, 256 // (triton.cdiv(n, 64) * triton.cdiv(m, block_m))))  # about two programs a processor
+    return 3 if m <= 32 else 2, block_m, 64, 128, 4, 4, parts
 
 
 @jit

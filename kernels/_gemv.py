@@ -225,10 +225,12 @@ def _digits(
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     value = tl.load(x + row.to(tl.int64) * stride + k, mask=k < K, other=0.0).to(tl.float32)
-    # x - x is NaN for a NaN or an infinity, and then the whole row is. 8355000 < 127.5 * 65536 leaves room to round up.
-    step = tl.maximum(tl.max(tl.max(tl.abs(value), 1), 0), 1e-30) / 8355000.0 + tl.sum(tl.sum(value - value, 1), 0)
-    number = tl.floor(value / step + 0.5).to(tl.int32) + 0x808080
-    tl.store(scale + row, step)
+    # The bits of |x| order as integers do, with infinities and NaN on top: a row that holds one becomes NaN.
+    largest = tl.max(tl.max(tl.abs(value).to(tl.int32, bitcast=True), 1), 0)
+    bad = largest >= 0x7F800000
+    largest = tl.maximum(largest.to(tl.float32, bitcast=True), 1e-30)
+    tl.store(scale + row, tl.where(bad, float("nan"), largest / 8355000.0))  # 127.5 * 65536 less room to round up
+    number = tl.floor(value * (8355000.0 / largest) + 0.5).to(tl.int32) + 0x808080
     c, t, q = word // 16, word // 4 % 4, word % 4
     mask = c < (K + 63) // 64
     for d in tl.static_range(3):
@@ -285,7 +287,8 @@ def _gemv(
     x, x_scale, residual, w0, w1, w2, s0, s1, s2, b0, b1, b2, y0, y1, y2,
     x_stride, residual_stride, n0, n1, n2, stride0, stride1, stride2, first1, first2, loops,
     M: tl.constexpr, K: tl.constexpr, MEMBERS: tl.constexpr, ACT: tl.constexpr, ROW_WARPS: tl.constexpr,
-    K_WARPS: tl.constexpr, GROUPS: tl.constexpr, AHEAD: tl.constexpr, BATCH: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr,
+    K_WARPS: tl.constexpr, GROUPS: tl.constexpr, AHEAD: tl.constexpr, BATCH: tl.constexpr, PDL: tl.constexpr,
+    ASM: tl.constexpr,
 ):  # fmt: skip
     """8 ROW_WARPS GROUPS rows of one weight, or under ACT 8 ROW_WARPS rows of both. ``first``: its first program."""
     if PDL:
@@ -380,19 +383,20 @@ def _gemv(
     else:
         acc = (zero, zero)
     acc2 = acc
-    for block in range(loops):  # BLOCKS - 1, at run time: unrolled code would run at the speed of its fetch
-        fresh, fresh2 = (), ()
-        for batch in tl.static_range(0, AHEAD, BATCH):
-            a = ()
-            for j in tl.static_range(batch, min(batch + BATCH, AHEAD)):
-                a += (_activations(x, x2, word, block * AHEAD + j, STEP, WORDS, False, M, SETS, INT),)
-            for j in tl.static_range(batch, min(batch + BATCH, AHEAD)):
-                acc = _step(acc, tiles[j], a[j - batch], SETS, WARPS, TYPE, ASM)
-                fresh += (_load(at, word, (block + 1) * AHEAD + j, STEP, WORDS, False),)
-                if PAIR:
-                    acc2 = _step(acc2, tiles2[j], a[j - batch], SETS, WARPS, TYPE, ASM)
-                    fresh2 += (_load(at2, word, (block + 1) * AHEAD + j, STEP, WORDS, False),)
-        tiles, tiles2 = fresh, fresh2
+    if BLOCKS > 1:
+        for block in range(loops):  # BLOCKS - 1, at run time: unrolled code would run at the speed of its fetch
+            fresh, fresh2 = (), ()
+            for batch in tl.static_range(0, AHEAD, BATCH):
+                a = ()
+                for j in tl.static_range(batch, min(batch + BATCH, AHEAD)):
+                    a += (_activations(x, x2, word, block * AHEAD + j, STEP, WORDS, False, M, SETS, INT),)
+                for j in tl.static_range(batch, min(batch + BATCH, AHEAD)):
+                    acc = _step(acc, tiles[j], a[j - batch], SETS, WARPS, TYPE, ASM)
+                    fresh += (_load(at, word, (block + 1) * AHEAD + j, STEP, WORDS, False),)
+                    if PAIR:
+                        acc2 = _step(acc2, tiles2[j], a[j - batch], SETS, WARPS, TYPE, ASM)
+                        fresh2 += (_load(at2, word, (block + 1) * AHEAD + j, STEP, WORDS, False),)
+            tiles, tiles2 = fresh, fresh2
     for j in tl.static_range(LEFT):
         tiles += (_load(at, word, BLOCKS * AHEAD + j, STEP, WORDS, j == LEFT - 1),)
         if PAIR:
@@ -465,7 +469,7 @@ def reason(x: Tensor, weights: list[Tensor], scales: list[Tensor | None], biases
 
 def most_rows(weight: Tensor) -> int:
     """Up to how many rows of x these kernels are the fastest, as measured on an H200."""
-    return 16 if weight.dtype == torch.int8 else 1
+    return 8 if weight.dtype == torch.int8 else 1
 
 
 def rows(x: Tensor) -> Tensor:
@@ -489,7 +493,8 @@ def digits(x: Tensor) -> tuple[Tensor, Tensor]:
     """Rows of x [M, K] as int8 digits in the order of ``_digits``, and fp32 scales [M]."""
     m, k = x.shape
     steps = triton.cdiv(k, 512) * 8  # whole steps of 8 warps
-    out = x.new_empty((steps * (16 * m * (4 if m <= 2 else 3) if m <= 8 else 768 * triton.cdiv(m, 16)),), dtype=torch.int32)
+    words = 16 * m * (4 if m <= 2 else 3) if m <= 8 else 768 * triton.cdiv(m, 16)  # a step
+    out = x.new_empty((steps * words,), dtype=torch.int32)
     scale = x.new_empty((m,), dtype=torch.float32)
     _bind_digits(m, k, x.stride(0), x.dtype, x.device, pdl(x.device))(x, out, scale)
     return out, scale
@@ -498,10 +503,10 @@ def digits(x: Tensor) -> tuple[Tensor, Tensor]:
 def tile(m: int, k_bytes: int, int8: bool) -> tuple[int, int, int, int, int]:
     """(warps over rows, warps over K, groups of 8 rows, steps loaded ahead), as measured on an H200."""
     if int8:
-        if m > 8:
-            return (1, 4, 1, 16, 1) if k_bytes > 8192 else (1, 4, 2, 8, 1)
-        return 1, 8, 2, 8, 8
-    return 1, 8, 1, 16, 8
+        return (1, 4, 1, 16, 4) if m <= 8 or k_bytes > 8192 else (1, 4, 2, 8, 2)
+    if k_bytes > 16384:
+        return 1, 8, 1, 21, 7
+    return (1, 8, 1, 16, 8) if k_bytes > 4096 else (1, 4, 2, 8, 8)
 
 
 @lru_cache(4096)

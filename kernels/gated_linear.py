@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tinyfuse.kernels import _gemv, _native, gated_act, linear, linear_group
+from tinyfuse.kernels import _native, gated_act, linear, linear_group
 from tinyfuse.op import Kernel, register
 
 
@@ -64,7 +64,7 @@ def run_gemv(
     x: Tensor, w_gate: Tensor, w_up: Tensor, s_gate: Tensor | None, s_up: Tensor | None,
     b_gate: Tensor | None, b_up: Tensor | None, act: str,
 ) -> Tensor:  # fmt: skip
-    return _gemv.gemv(x, [w_gate, w_up], [s_gate, s_up], [b_gate, b_up], None, act)[0]
+    return linear.few_rows(x, [w_gate, w_up], [s_gate, s_up], [b_gate, b_up], None, act)[0]
 
 
 def supports_each(

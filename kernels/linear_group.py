@@ -74,9 +74,7 @@ def run_each(
     return [linear.OP(x, w, s, b, None) for w, s, b in zip(weights, scales, biases, strict=True)]
 
 
-def fake(
-    x: Tensor, weights: list[Tensor], scales: list[Tensor | None], biases: list[Tensor | None]
-) -> list[Tensor]:
+def fake(x: Tensor, weights: list[Tensor], scales: list[Tensor | None], biases: list[Tensor | None]) -> list[Tensor]:
     return [x.new_empty((*x.shape[:-1], weight.shape[0])) for weight in weights]
 
 
@@ -86,7 +84,7 @@ OP = register(
     fake=fake,
     kernels=[
         Kernel("native", "cpu", supports_native, run_native),
-        Kernel("gemv", "cuda", supports_gemv, _gemv.gemv),
+        Kernel("gemv", "cuda", supports_gemv, linear.few_rows),
         Kernel("each", "cuda", supports_each, run_each),
     ],
 )

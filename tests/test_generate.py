@@ -157,6 +157,9 @@ def test_end_of_sequence(covered, prompt):
         covered.same(**prompt, max_new_tokens=20, eos_token_id=eos)
         covered.same(**prompt, max_new_tokens=20, eos_token_id=eos, seed=4)
     covered.same(**prompt, max_new_tokens=20, min_new_tokens=6, eos_token_id=tokens[:, 2].tolist())
+    ends = tokens[:, prompt["input_ids"].shape[1] + 1].tolist()
+    result = covered.same(**prompt, max_new_tokens=12, min_new_tokens=12, eos_token_id=ends)
+    assert not torch.isin(result[:, prompt["input_ids"].shape[1] :], torch.tensor(ends)).any()
 
 
 def test_dictionary_output(covered):

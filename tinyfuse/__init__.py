@@ -18,6 +18,7 @@ _LAZY = {
     "restore": "tinyfuse.api",
     "quantize_": "tinyfuse.quantize",
     "explain": "tinyfuse.report",
+    "report_of": "tinyfuse.report",
 }
 __all__ = ["__version__", *_LAZY]
 

@@ -8,10 +8,13 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from tinyfuse.report import Report, collect
 
 # The dimension that grows with the prompt, by the names transformers uses; the last one where the rank varies.
 SEQUENCE_INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
@@ -60,10 +63,11 @@ def intercept(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> GraphCa
     return None
 
 
-def _backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+def _backend(report: Report, gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
     from tinyfuse.backend import backend  # every pattern and kernel; not on the way of `import tinyfuse`
 
-    compiled = backend(gm, example_inputs)
+    with collect(report):
+        compiled = backend(gm, example_inputs)
 
     def run(*args: Any) -> Any:
         if getattr(_watch, "intercept", False):
@@ -76,7 +80,7 @@ def _backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callabl
     return run
 
 
-def _compile(forward: Callable[..., Any]) -> Callable[..., Any]:
+def _compile(forward: Callable[..., Any], report: Report) -> Callable[..., Any]:
     """``torch.compile(forward)`` with graphs, a recompile limit and a shape history of its own.
 
     Dynamo keeps all three per code object, and every transformers model enters through the same few decorators.
@@ -86,18 +90,18 @@ def _compile(forward: Callable[..., Any]) -> Callable[..., Any]:
         return forward(*args, **kwargs)
 
     entry.__code__ = entry.__code__.replace(co_name=f"forward_{next(_serial)}")
-    return torch.compile(entry, backend=_backend)
+    return torch.compile(entry, backend=partial(_backend, report))
 
 
 class CompiledForward:
     """Calls ``forward`` through the backend, with one compiled function per kind of call.
 
-    Prompts of all lengths are one kind, single tokens another; so are one row and several (Dynamo never generalises
+    ``report`` accounts for every graph. Prompts of all lengths are one kind, single tokens another; so are one row and several (Dynamo never generalises
     from 1), other arguments, and other autograd modes. Each kind has few graphs, so none meets the recompile limit.
     """
 
-    def __init__(self, forward: Callable[..., Any]):
-        self.forward = forward
+    def __init__(self, forward: Callable[..., Any], report: Report):
+        self.forward, self.report = forward, report
         parameters = inspect.signature(forward).parameters.values()
         self.names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
         self.compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
@@ -110,7 +114,7 @@ class CompiledForward:
         modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         kind = (*mark_dynamic(kwargs), *modes, *kwargs)
         if kind not in self.compiled:
-            self.compiled[kind] = _compile(self.forward)
+            self.compiled[kind] = _compile(self.forward, self.report)
         return self.compiled[kind](*args, **kwargs)
 
 

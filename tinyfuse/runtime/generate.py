@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.cache_utils import DynamicCache
 from transformers.generation.configuration_utils import GenerationConfig, GenerationMode
+from transformers.generation.logits_process import MinNewTokensLengthLogitsProcessor
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerationMixin
 
@@ -153,12 +154,13 @@ class Decoder:
         run = self.step.runner() if self.verified else self.step.logits
         return run()
 
-    def greedy(self, token: Tensor, eos: Tensor, pad: Tensor | None, unfinished: Tensor) -> Greedy:
+    def greedy(self, token: Tensor, eos: Tensor, banned: Tensor, pad: Tensor | None, unfinished: Tensor) -> Greedy:
         """Hand over to the device: from ``token`` on, ``step.runner(greedy)`` picks and feeds."""
-        tail = self.step.greedy.get(len(eos))
+        counts = len(eos), len(banned)
+        tail = self.step.greedy.get(counts)
         if tail is None:
-            tail = self.step.greedy[len(eos)] = Greedy(self.step.inputs.token, self.slot.length, len(eos))
-        tail.begin(token, eos, pad, unfinished)
+            tail = self.step.greedy[counts] = Greedy(self.step.inputs.token, self.slot.length, *counts)
+        tail.begin(token, eos, banned, pad, unfinished)
         return tail
 
     def _begin(self) -> None:
@@ -331,6 +333,7 @@ class Loop:
     ):
         self.runtime, self.slot, self.input_ids, self.limit = runtime, slot, input_ids, limit
         self.processors, self.criteria, self.config, self.streamer = processors, criteria, config, streamer
+        self.banned = _always_banned(processors, input_ids, limit)
         self.sampled, self.recorded = config.do_sample, config.return_dict_in_generate
         # Criteria other than a length and ids may look at anything, so they are called at every token.
         self.plain = all(type(c) in (MaxLengthCriteria, EosTokenCriteria) for c in criteria)
@@ -410,11 +413,11 @@ class Loop:
     def _on_device(self) -> bool:
         """Whether the choice of the next token needs nothing from the host."""
         records = self.recorded and (self.config.output_scores or self.config.output_logits)
-        return self.plain and not (self.processors or self.sampled or records)
+        return self.plain and self.banned is not None and not (self.sampled or records)
 
     def _rest(self, decoder: Decoder) -> None:
         """All tokens after the first, chosen on the device."""
-        self.tail = decoder.greedy(self.tokens[-1], self.eos, self.pad, self.unfinished)
+        self.tail = decoder.greedy(self.tokens[-1], self.eos, self.banned, self.pad, self.unfinished)
         run, token = decoder.step.runner(self.tail), decoder.step.inputs.token[:, 0]
         for index in range(self.limit - len(self.tokens)):
             if index:
@@ -442,6 +445,21 @@ class Loop:
             logits=tuple(self.logits[:count]) if self.config.output_logits else None,
             past_key_values=prepared,
         )
+
+
+def _always_banned(processors: LogitsProcessorList, input_ids: Tensor, limit: int) -> Tensor | None:
+    """The ids that ``processors`` forbid at each of ``limit`` tokens, or None if they do anything more.
+
+    ``min_new_tokens`` at the limit or above forbids the end of the sequence and nothing else.
+    """
+    banned = [input_ids.new_zeros(0)]
+    for processor in processors:
+        if type(processor) is not MinNewTokensLengthLogitsProcessor:
+            return None
+        if processor.min_new_tokens < limit or processor.prompt_length_to_skip != input_ids.shape[1]:
+            return None
+        banned.append(processor.eos_token_id.to(input_ids.device).flatten())
+    return torch.cat(banned).unique()
 
 
 def _generator(tensor: Tensor) -> torch.Generator:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from tinyfuse import fallback
+from tinyfuse.report import Report
 from tinyfuse.runtime.forward import CompiledForward
 
 ATTRIBUTE = "_tinyfuse"
@@ -42,7 +43,13 @@ class Runtime:
 
     @cached_property
     def compiled(self) -> CompiledForward:
-        return CompiledForward(self.stock("forward"))
+        return CompiledForward(self.stock("forward"), self.report)
+
+    @cached_property
+    def report(self) -> Report:
+        """What was compiled since :func:`tinyfuse.optimize`, in all graphs."""
+        device = next((str(p.device) for p in self.model.parameters()), "")
+        return Report(type(self.model).__name__, device)
 
     @cached_property
     def pool(self):
@@ -60,7 +67,7 @@ class Runtime:
         """Drop graphs and caches; the next use makes them anew."""
         if "streams" in self.__dict__:
             self.streams.release()
-        for name in ("compiled", "pool", "last"):
+        for name in ("compiled", "report", "pool", "last"):
             self.__dict__.pop(name, None)
 
     def fall_back(self, reason: str, asked: bool = False) -> None:

@@ -125,22 +125,25 @@ def kind(first: dict[str, Any]) -> tuple[Any, ...]:
 class Greedy:
     """The end of a greedy step, on the device: pick the token, pad finished sequences, write the token down.
 
-    ``tokens`` [batch, length] holds the tokens since ``begin``; ``count`` is the number of end-of-sequence ids.
+    ``tokens`` [batch, length] holds the tokens since ``begin``; ``count`` is the number of end-of-sequence ids, and
+    ``banned`` that of ids which are never picked.
     """
 
-    def __init__(self, token: Tensor, length: int, count: int):
+    def __init__(self, token: Tensor, length: int, count: int, banned: int):
         batch, device = token.shape[0], token.device
         self.token = token
         self.eos = torch.zeros(count, dtype=torch.long, device=device)
+        self.banned = torch.zeros(banned, dtype=torch.long, device=device)
         self.pad = torch.zeros((), dtype=torch.long, device=device)
         self.unfinished = torch.ones(batch, dtype=torch.long, device=device)
         self.written = torch.zeros(1, dtype=torch.long, device=device)
         self.tokens = torch.zeros((batch, length), dtype=torch.long, device=device)
         self.state = [self.unfinished, self.written, self.tokens]
 
-    def begin(self, token: Tensor, eos: Tensor, pad: Tensor | None, unfinished: Tensor) -> None:
+    def begin(self, token: Tensor, eos: Tensor, banned: Tensor, pad: Tensor | None, unfinished: Tensor) -> None:
         """``token`` [batch] is the one to feed next, ``unfinished`` [batch] is 1 for rows that go on after it."""
         self.eos.copy_(eos)
+        self.banned.copy_(banned)
         if pad is not None:
             self.pad.copy_(pad)
         self.token.copy_(token[:, None])
@@ -150,6 +153,8 @@ class Greedy:
 
     def pick(self, logits: Tensor) -> None:
         """``logits`` [batch, vocabulary] in any float dtype: rounding to fp32 first would not change the maximum."""
+        if len(self.banned):
+            logits = logits.index_fill(-1, self.banned, -torch.inf)
         token = logits.argmax(-1)
         if len(self.eos):
             token = token * self.unfinished + self.pad * (1 - self.unfinished)
@@ -166,7 +171,7 @@ class Step:
         self, model: nn.Module, forward: Callable[..., Any], slot: Slot, inputs: Inputs, streams: CaptureStreams
     ):
         self.forward, self.slot, self.inputs, self.streams = forward, slot, inputs, streams
-        self.greedy: dict[int, Greedy] = {}
+        self.greedy: dict[tuple[int, int], Greedy] = {}
         self.runners: dict[str, Callable[[], Tensor]] = {}
         self.call: GraphCall | None = None
         self.unbound = self._bind(model)
@@ -217,7 +222,7 @@ class Step:
 
     def runner(self, greedy: Greedy | None = None) -> Callable[[], Tensor]:
         """What runs :meth:`logits`, and with ``greedy`` picks the token; its result is valid until it runs again."""
-        name = "logits" if greedy is None else f"greedy{len(greedy.eos)}"
+        name = "logits" if greedy is None else f"greedy-{len(greedy.eos)}-{len(greedy.banned)}"
         if name not in self.runners:
 
             def run() -> Tensor:

@@ -1,0 +1,170 @@
+"""Linears on the GPU: against float64 and the error of bf16 ``F.linear``."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.tolerance import assert_as_exact_as_eager
+from tinyfuse import fallback
+from tinyfuse.kernels import _gemm, _gemv, _one_row, gated_linear, linear, linear_group
+
+pytestmark = pytest.mark.gpu
+
+SHAPES = [(341, 576), (1, 64), (1000, 1536), (257, 2048), (512, 11008), (96, 14336), (4099, 208)]
+
+
+@pytest.fixture(autouse=True)
+def strict(monkeypatch):
+    """Uninitialised memory holds NaN, and a kernel that fails is an error."""
+    monkeypatch.setattr(fallback, "mode", "error")
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def weights(N, K, dtype):
+    w = torch.randn(N, K, device="cuda") / K**0.5
+    if dtype is not torch.int8:
+        return w.to(dtype), None
+    scale = w.abs().amax(1) / 127
+    return (w / scale[:, None]).round().to(torch.int8), scale
+
+
+def rows(M, K, dtype, outliers=True):
+    x = torch.randn(M, K, device="cuda")
+    if outliers:
+        x[:, K // 3] *= 300
+    return x.to(dtype)
+
+
+def check(out, x, w, scale, bias=None, residual=None, op="linear"):
+    wide = w.double() if scale is None else w.double() * scale.double()[:, None]
+    exact = F.linear(x.double(), wide, None if bias is None else bias.double())
+    exact = exact if residual is None else exact + residual.double()
+    eager = linear.reference(x, linear.dequantize(w, scale, x.dtype), None, bias, residual)
+    assert out.shape == eager.shape and out.is_contiguous() and out.dtype is x.dtype
+    assert_as_exact_as_eager(op, out, eager, exact)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("M", [1, 2, 3, 8, 9, 16, 17, 32, 33, 64, 257, 520])
+def test_error(shape, M):
+    N, K = shape
+    for dtype, int8 in itertools.product([torch.bfloat16, torch.float16], [False, True]):
+        x = rows(M, K, dtype, dtype is torch.bfloat16)
+        w, scale = weights(N, K, torch.int8 if int8 else dtype)
+        bias, residual = torch.randn(N, device="cuda").to(dtype), torch.randn(M, N, device="cuda").to(dtype)
+        check(linear.OP(x, w, scale, None, None), x, w, scale)
+        check(linear.OP(x, w, scale, bias, residual), x, w, scale, bias, residual)
+
+
+@pytest.mark.parametrize("M", [1, 2, 8, 9, 16, 32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+def test_streaming_kernel_beyond_its_table(M, dtype):
+    """It stays right where it is not the fastest."""
+    if dtype is torch.bfloat16 and M > 16:
+        M = 7
+    x, (w, scale) = rows(M, 1536, torch.bfloat16), weights(333, 1536, dtype)
+    check(_gemv.gemv(x, [w], [scale], [None])[0], x, w, scale)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_both_kernels_for_one_row(shape):
+    for dtype in (torch.bfloat16, torch.float16, torch.int8):
+        x, (w, scale) = rows(1, shape[1], torch.bfloat16), weights(*shape, dtype)
+        x = x.half().clamp(-99, 99) if dtype is torch.float16 else x
+        for run in (_one_row.one_row, _gemv.gemv):
+            check(run(x, [w], [scale], [None])[0], x, w, scale)
+
+
+@pytest.mark.parametrize("M", [1, 5, 40])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+def test_group_and_gated(M, dtype):
+    x = rows(M, 576, torch.bfloat16, False)[None]
+    pairs = [weights(N, 576, dtype) for N in (576, 192, 191)]
+    outs = linear_group.OP(x, [w for w, _ in pairs], [s for _, s in pairs], [None] * 3)
+    for out, (w, scale) in zip(outs, pairs, strict=True):
+        check(out, x, w, scale, op="linear_group")
+    (merged, scale), act = weights(2 * 333, 576, dtype), "silu"
+    (gate, up), (s_gate, s_up) = merged.chunk(2), (None, None) if scale is None else scale.chunk(2)
+    out = gated_linear.OP(x, gate, up, s_gate, s_up, None, None, act)
+    given = [linear.dequantize(gate, s_gate, x.dtype), linear.dequantize(up, s_up, x.dtype)]
+    wide = [w.double() if s is None else w.double() * s.double()[:, None] for w, s in ((gate, s_gate), (up, s_up))]
+    eager = gated_linear.reference(x, *given, None, None, None, None, act)
+    exact = gated_linear.reference(x.double(), *wide, None, None, None, None, act)
+    assert_as_exact_as_eager("gated_linear", out, eager, exact)
+
+
+@pytest.mark.parametrize("M", [1, 8, 24, 300])
+def test_layouts(M):
+    w, scale = weights(200, 640, torch.int8)
+    for x in (
+        rows(M, 1280, torch.bfloat16)[:, 320:960],
+        rows(640, M, torch.bfloat16, False).T,
+        rows(1, 640, torch.bfloat16).expand(M, 640),
+        rows(1, M * 640 + 3, torch.bfloat16)[0, 3:].view(M, 640),
+    ):
+        check(linear.OP(x, w[16:144], scale[16:144], None, None), x, w[16:144], scale[16:144])
+        wide = torch.randn(200, 1280, device="cuda").bfloat16()[:, 320:960]
+        check(linear.OP(x, wide, None, None, None), x, wide, None)
+
+
+def test_rows_that_do_not_end_at_16_elements():
+    x, (w, scale) = rows(1, 341, torch.bfloat16), weights(77, 341, torch.int8)
+    check(linear.OP(x, w, scale, None, None), x, w, scale)
+
+
+@pytest.mark.parametrize("M", [1, 4, 12, 50, 300])
+def test_not_finite_stays_so(M):
+    x, (w, scale) = rows(M, 512, torch.bfloat16), weights(99, 512, torch.int8)
+    x[0, 3], x[-1, 9] = float("inf"), float("nan")
+    out = linear.OP(x, w, scale, None, None)
+    assert not out[0].isfinite().any() and out[-1].isnan().all()
+    assert M < 3 or out[1:-1].isfinite().all()
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_weight_of_more_than_2_31_elements(int8):
+    N, K = 2**31 // 16384 + 40, 16384
+    w = torch.zeros(N, K, dtype=torch.int8 if int8 else torch.bfloat16, device="cuda")
+    w[-1], w[0] = 1, 2
+    x, scale = torch.ones(1, K, dtype=torch.bfloat16, device="cuda"), torch.ones(N, device="cuda")
+    out = linear.OP(x, w, scale if int8 else None, None, None)[0]
+    assert out[-1] == K and out[0] == 2 * K and not out[1:-1].any()
+
+
+def chain(x, layers):
+    for w, scale, w2, scale2 in layers:
+        y = linear.OP(x, w, scale, None, None)
+        x = linear.OP(y, w2, scale2, None, x)
+    return x
+
+
+@pytest.mark.parametrize("M", [1, 6, 20])
+def test_dependent_launch_changes_no_bit_and_graphs_replay(M, monkeypatch):
+    """A chain in which every kernel reads what the one before it wrote, in memory that is used again and again."""
+    layers = [(*weights(1024, 512, torch.int8), *weights(512, 1024, torch.int8)) for _ in range(12)]
+    x = rows(M, 512, torch.bfloat16, False)
+    ahead = chain(x, layers)
+    monkeypatch.setattr(_gemv, "pdl", lambda device: False)
+    monkeypatch.setattr(_gemm, "pdl", lambda device: False)
+    monkeypatch.setattr(_one_row, "pdl", lambda device: False)
+    assert torch.equal(ahead, chain(x, layers))
+    monkeypatch.undo()
+    graph, given = torch.cuda.CUDAGraph(), x.clone()
+    with torch.cuda.graph(graph):
+        captured = chain(given, layers)
+    for _ in range(3):
+        given.copy_(rows(M, 512, torch.bfloat16, False))
+        graph.replay()
+        assert torch.equal(captured, chain(given, layers))
+
+
+def test_opcheck():
+    x, (w, scale) = rows(2, 128, torch.bfloat16), weights(24, 128, torch.int8)
+    torch.library.opcheck(torch.ops.tinyfuse.linear.default, (x, w, scale, None, None))
+    torch.library.opcheck(torch.ops.tinyfuse.linear_group.default, (x, [w, w], [scale, scale], [None, None]))
+    torch.library.opcheck(torch.ops.tinyfuse.gated_linear.default, (x, w, w, scale, scale, None, None, "silu"))

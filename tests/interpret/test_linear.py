@@ -1,0 +1,143 @@
+import pytest
+import torch
+
+from tests.tolerance import assert_as_exact_as_eager
+from tinyfuse.kernels import _gemm, _gemv, _one_row, gated_linear, linear, linear_group
+
+K = 112  # of int8: one whole step of 64 bytes and a part; of halves: three and a half
+
+
+def weights(N, dtype, K=K):
+    w = torch.randn(N, K) / K**0.5
+    if dtype is not torch.int8:
+        return w.to(dtype), None
+    scale = w.abs().amax(1) / 127
+    return (w / scale[:, None]).round().to(torch.int8), scale
+
+
+def rows(*shape, dtype=torch.bfloat16):
+    x = torch.randn(*shape, K).to(dtype)
+    x[..., 7] = 300 if dtype is torch.bfloat16 else 30
+    return x
+
+
+def wide(t):
+    return None if t is None else t.double()
+
+
+def exact(x, w, scale, bias=None, residual=None):
+    w = wide(w) if scale is None else w.double() * wide(scale)[:, None]
+    return linear.reference(x.double(), w, None, wide(bias), wide(residual))
+
+
+def eager(x, w, scale, bias=None, residual=None):
+    return linear.reference(x, linear.dequantize(w, scale, x.dtype), None, bias, residual)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("config", [(1, 1, 1, 2, 1), (2, 1, 2, 1, 8), (1, 2, 1, 8, 8)])
+def test_one_row(dtype, int8, config):
+    torch.manual_seed(0)
+    x = rows(1, dtype=dtype)
+    args = [x, *weights(11, torch.int8 if int8 else dtype), torch.randn(11).to(dtype), torch.randn(1, 11).to(dtype)]
+    (out,) = _gemv.gemv(x, [args[1]], [args[2]], [args[3]], args[4], config=config)
+    assert_as_exact_as_eager("linear", out, eager(*args), exact(*args))
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("config", [(4, 1), (2, 2)])
+def test_one_row_in_memory_order(int8, config):
+    torch.manual_seed(0)
+    dtype = torch.bfloat16
+    x = rows(1, dtype=dtype)
+    args = [x, *weights(7, torch.int8 if int8 else dtype), torch.randn(7).to(dtype), torch.randn(1, 7).to(dtype)]
+    (out,) = _one_row.one_row(x, [args[1]], [args[2]], [args[3]], args[4], config=config)
+    assert_as_exact_as_eager("linear", out, eager(*args), exact(*args))
+    pairs = [weights(N, torch.int8 if int8 else dtype) for N in (5, 8, 1)]
+    outs = _one_row.one_row(x, [w for w, _ in pairs], [s for _, s in pairs], [None] * 3, config=config)
+    for out, (w, scale) in zip(outs, pairs, strict=True):
+        assert_as_exact_as_eager("linear_group", out, eager(x, w, scale), exact(x, w, scale))
+
+
+@pytest.mark.parametrize("M", [2, 5, 9, 17])
+def test_few_rows(M):
+    torch.manual_seed(0)
+    x = rows(M)
+    w, scale = weights(9, torch.int8)
+    (out,) = _gemv.gemv(x, [w], [scale], [None], config=(1, 1, 1, 1, 2))
+    assert_as_exact_as_eager("linear", out, eager(x, w, scale), exact(x, w, scale))
+    if M in (5, 9):
+        w, _ = weights(9, x.dtype)
+        (out,) = _gemv.gemv(x, [w], [None], [None], config=(1, 1, 1, 1, 2))
+        assert_as_exact_as_eager("linear", out, eager(x, w, None), exact(x, w, None))
+
+
+def test_group_writes_each_output():
+    torch.manual_seed(0)
+    x = rows(1, 2)
+    pairs = [weights(N, torch.int8) for N in (9, 16, 3)]
+    outs = _gemv.gemv(x, [w for w, _ in pairs], [s for _, s in pairs], [None] * 3)
+    for out, (w, scale) in zip(outs, pairs, strict=True):
+        assert out.shape == (1, 2, len(w)) and out.is_contiguous()
+        assert_as_exact_as_eager("linear_group", out, eager(x, w, scale), exact(x, w, scale))
+
+
+@pytest.mark.parametrize("act", ["silu", "gelu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize("int8", [False, True])
+def test_gated(act, int8):
+    torch.manual_seed(0)
+    x = torch.randn(1, K).bfloat16()
+    merged, scale = weights(22, torch.int8 if int8 else x.dtype)
+    gate, up = merged.chunk(2)
+    s_gate, s_up = (None, None) if scale is None else scale.chunk(2)
+    biases = torch.randn(11).bfloat16(), torch.randn(11).bfloat16()
+    out = gated_linear.run_gemv(x, gate, up, s_gate, s_up, *biases, act)
+    given = [linear.dequantize(w, s, x.dtype) for w, s in ((gate, s_gate), (up, s_up))]
+    full = [w.double() if s is None else w.double() * s.double()[:, None] for w, s in ((gate, s_gate), (up, s_up))]
+    near = gated_linear.reference(x, *given, None, None, *biases, act)
+    true = gated_linear.reference(x.double(), *full, None, None, *map(wide, biases), act)
+    assert_as_exact_as_eager("gated_linear", out, near, true)
+
+
+@pytest.mark.parametrize("config", [(2, 16, 16, 64, 2, 4, 1), (3, 16, 16, 64, 2, 4, 2)])
+def test_tensor_core(config):
+    torch.manual_seed(0)
+    x = rows(1, 19)
+    args = [x, *weights(21, torch.int8), torch.randn(21).bfloat16(), torch.randn(1, 19, 21).bfloat16()]
+    assert_as_exact_as_eager("linear", _gemm.gemm(*args, config), eager(*args), exact(*args))
+
+
+def test_dequantize_is_the_reference():
+    w, scale = weights(5, torch.int8)
+    assert torch.equal(_gemm.dequantize(w, scale, torch.bfloat16), linear.dequantize(w, scale, torch.bfloat16))
+
+
+def test_not_finite_stays_so():
+    x = rows(2)
+    x[0, 3] = float("inf")
+    x[1, 9] = float("nan")
+    w, scale = weights(8, torch.int8)
+    (out,) = _gemv.gemv(x, [w], [scale], [None])
+    assert not out.isfinite().any()
+    assert not linear.run_gemv(x[:1], w, scale, None, None).isfinite().any()
+    assert not _gemm.gemm(x, w, scale, None, None, (2, 16, 16, 64, 2, 4, 1)).isfinite().any()
+
+
+def test_views_of_a_merged_weight_and_strided_rows():
+    torch.manual_seed(0)
+    merged, scale = weights(24, torch.int8, 2 * K)
+    w, scale = merged[8:17, :K], scale[8:17]
+    x = rows(2, 3).transpose(0, 1)
+    out = linear.run_gemv(x, w, scale, None, None)
+    assert_as_exact_as_eager("linear", out, eager(x, w, scale), exact(x, w, scale))
+
+
+def test_declines():
+    x = torch.randn(1, 72, dtype=torch.bfloat16)
+    w, scale = weights(8, torch.int8, 72)
+    assert "16 elements" in linear.supports_gemv(x, w, scale, None, None)
+    assert "float32" in linear.supports_gemv(x.float(), w, scale, None, None)
+    assert "rows" in linear.supports_gemv(torch.randn(99, 64).bfloat16(), w[:, :64], scale, None, None)
+    assert "at most 3" in linear_group.supports_gemv(x, [w] * 4, [scale] * 4, [None] * 4)
+    assert "scales" in linear.supports_gemv(x[:, :64], w[:, :64].contiguous(), None, None, None)
