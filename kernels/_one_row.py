@@ -1,0 +1,199 @@
+"""Matrix-vector products for one row of x: y_i = W_i x (* scale_i) (+ bias_i) (+ residual), or act(W_0 x) * (W_1 x).
+
+A program loads all of its weight rows before it waits for the kernel that makes x, in memory order. Int8 weights meet
+int8 digits of x (``_gemm.split``) four at a time in ``dp4a``, with exact int32 sums and no conversion of a weight;
+16-bit weights are widened and summed in fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tinyfuse.kernels._gemm import split
+from tinyfuse.kernels._triton import Launch, interpreted, jit, pdl, tl, triton
+from tinyfuse.kernels.gated_act import activate
+
+
+@jit
+def _pick(which, a0, a1, a2, MEMBERS: tl.constexpr):
+    """a0, a1 or a2 by the number ``which``."""
+    if MEMBERS == 1:
+        return a0
+    elif MEMBERS == 2:
+        return tl.where(which == 0, a0, a1)
+    else:
+        return tl.where(which == 0, a0, tl.where(which == 1, a1, a2))
+
+
+@jit
+def _dp4a(w, d, acc, ASM: tl.constexpr):
+    """acc + the product of the four bytes of each word."""
+    if ASM:
+        return tl.inline_asm_elementwise("dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [w, d, acc], tl.int32, True, 1)
+    else:
+        for shift in tl.static_range(0, 32, 8):
+            acc += ((w << (24 - shift)) >> 24) * ((d << (24 - shift)) >> 24)
+        return acc
+
+
+@jit
+def _load(at, i, step: tl.constexpr, COUNT: tl.constexpr, STEP: tl.constexpr, EVICT: tl.constexpr):
+    """Elements step * STEP + i of each row, 0 past its end."""
+    if (step + 1) * STEP > COUNT:
+        return tl.load(at + step * STEP, mask=i < COUNT - step * STEP, other=0, eviction_policy=EVICT)
+    else:
+        return tl.load(at + step * STEP, eviction_policy=EVICT)
+
+
+@jit
+def _lanes(acc, ROWS: tl.constexpr, STEP: tl.constexpr, VECTOR: tl.constexpr):
+    """The sums over what one thread holds: [ROWS, STEP // VECTOR]."""
+    return tl.sum(tl.reshape(acc, [ROWS, STEP // VECTOR, VECTOR]), 2)
+
+
+@jit
+def _one_row(
+    x, x_scale, residual, w0, w1, w2, s0, s1, s2, b0, b1, b2, y0, y1, y2,
+    n0, n1, n2, stride0, stride1, stride2, first1, first2,
+    K: tl.constexpr, MEMBERS: tl.constexpr, ACT: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr,
+    PDL: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows of one weight, or under ACT of both. ``first``: its first program. int8: x is [3, K] digits."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    INT: tl.constexpr = tl.int8 == w0.dtype.element_ty
+    PAIR: tl.constexpr = ACT != ""
+    EACH: tl.constexpr = 4 if INT else 1  # elements of the rows in one of what is loaded
+    COUNT: tl.constexpr = K // EACH
+    VECTOR: tl.constexpr = 4 if INT else 8  # 16 bytes to a thread
+    STEP: tl.constexpr = WARPS * 32 * VECTOR
+    STEPS: tl.constexpr = (COUNT + STEP - 1) // STEP
+
+    pid = tl.program_id(0)
+    w, s, b, y, n, stride = w0, s0, b0, y0, n0, stride0
+    if MEMBERS > 1 and not PAIR:
+        which = (pid >= first1).to(tl.int32) + (pid >= first2).to(tl.int32)
+        w, y = _pick(which, w0, w1, w2, MEMBERS), _pick(which, y0, y1, y2, MEMBERS)
+        n, stride = _pick(which, n0, n1, n2, MEMBERS), _pick(which, stride0, stride1, stride2, MEMBERS)
+        if s0 is not None:
+            s = _pick(which, s0, s1, s2, MEMBERS)
+        if b0 is not None:
+            b = _pick(which, b0, b1, b2, MEMBERS)
+        pid -= _pick(which, 0, first1, first2, MEMBERS)
+    row = pid * ROWS + tl.arange(0, ROWS)
+    live = row < n
+    safe = tl.minimum(row, n - 1).to(tl.int64)[:, None]
+    i = tl.arange(0, STEP)[None, :]
+    if INT:
+        w, x = w.to(tl.pointer_type(tl.int32)), x.to(tl.pointer_type(tl.int32))
+    at = w + safe * (stride // EACH) + i
+    at2 = at
+    if PAIR:
+        up = w1
+        if INT:
+            up = w1.to(tl.pointer_type(tl.int32))
+        at2 = up + safe * (stride1 // EACH) + i
+    tiles, tiles2 = (), ()
+    for step in tl.static_range(STEPS):
+        tiles += (_load(at, i, step, COUNT, STEP, "evict_first"),)
+        if PAIR:
+            tiles2 += (_load(at2, i, step, COUNT, STEP, "evict_first"),)
+    scale, scale2, bias, bias2 = 1.0, 1.0, 0.0, 0.0
+    if s0 is not None:
+        scale = tl.load(s + row, mask=live, other=0.0)
+        if PAIR:
+            scale2 = tl.load(s1 + row, mask=live, other=0.0)
+    if b0 is not None:
+        bias = tl.load(b + row, mask=live, other=0.0).to(tl.float32)
+        if PAIR:
+            bias2 = tl.load(b1 + row, mask=live, other=0.0).to(tl.float32)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+
+    at_x = x + i
+    if INT:
+        number = tl.load(x_scale)
+        scale *= number
+        scale2 *= number
+        zero = tl.zeros([ROWS, STEP], tl.int32)
+        a0, a1, a2, u0, u1, u2 = zero, zero, zero, zero, zero, zero
+        for step in tl.static_range(STEPS):
+            d0 = _load(at_x, i, step, COUNT, STEP, "")
+            d1 = _load(at_x + COUNT, i, step, COUNT, STEP, "")
+            d2 = _load(at_x + 2 * COUNT, i, step, COUNT, STEP, "")
+            d0, d1 = tl.broadcast_to(d0, [ROWS, STEP]), tl.broadcast_to(d1, [ROWS, STEP])
+            d2 = tl.broadcast_to(d2, [ROWS, STEP])
+            a0, a1 = _dp4a(tiles[step], d0, a0, ASM), _dp4a(tiles[step], d1, a1, ASM)
+            a2 = _dp4a(tiles[step], d2, a2, ASM)
+            if PAIR:
+                u0, u1 = _dp4a(tiles2[step], d0, u0, ASM), _dp4a(tiles2[step], d1, u1, ASM)
+                u2 = _dp4a(tiles2[step], d2, u2, ASM)
+        total = _lanes(a0, ROWS, STEP, VECTOR).to(tl.float32) * 65536
+        total += (_lanes(a1, ROWS, STEP, VECTOR) * 256 + _lanes(a2, ROWS, STEP, VECTOR)).to(tl.float32)
+        if PAIR:
+            total2 = _lanes(u0, ROWS, STEP, VECTOR).to(tl.float32) * 65536
+            total2 += (_lanes(u1, ROWS, STEP, VECTOR) * 256 + _lanes(u2, ROWS, STEP, VECTOR)).to(tl.float32)
+    else:
+        total = tl.zeros([ROWS, STEP // VECTOR], tl.float32)
+        total2 = total
+        for step in tl.static_range(STEPS):
+            v = _load(at_x, i, step, COUNT, STEP, "").to(tl.float32)
+            total += _lanes(tiles[step].to(tl.float32) * v, ROWS, STEP, VECTOR)
+            if PAIR:
+                total2 += _lanes(tiles2[step].to(tl.float32) * v, ROWS, STEP, VECTOR)
+    value = tl.sum(total, 1) * scale + bias
+    if PAIR:
+        value = activate(value, ACT) * (tl.sum(total2, 1) * scale2 + bias2)
+    if residual is not None:
+        value += tl.load(residual + row, mask=live, other=0.0).to(tl.float32)
+    tl.store(y + row, value.to(y.dtype.element_ty), mask=live)
+
+
+def _three(values: Sequence[Any]) -> tuple[Any, ...]:
+    return (*values, *[values[0]] * (3 - len(values)))
+
+
+@lru_cache(4096)
+def _bind(
+    k: int, sizes: tuple[int, ...], strides: tuple[int, ...], act: str, rows: int, warps: int, ahead: bool,
+    *_dtypes_device: Any,
+) -> Launch:  # fmt: skip
+    blocks = [triton.cdiv(n, rows) for n in (sizes[:1] if act else sizes)]
+    scalars = (
+        *_three(sizes), *_three(strides), blocks[0], sum(blocks[:2]), k, len(sizes), act, rows, warps, ahead,
+        not interpreted(),
+    )  # fmt: skip
+    return Launch(_one_row, (sum(blocks),), scalars, warps, ahead)
+
+
+def tile(k_bytes: int, int8: bool) -> tuple[int, int]:
+    """(weight rows of a program, its warps), as measured on an H200."""
+    return (4, 4) if k_bytes <= 8192 else (2, 4)
+
+
+def one_row(
+    x: Tensor, weights: list[Tensor], scales: list[Tensor | None], biases: list[Tensor | None],
+    residual: Tensor | None = None, act: str = "", config: tuple[int, int] | None = None,
+) -> list[Tensor]:  # fmt: skip
+    """x [..., K] of one row; else as :func:`_gemv.gemv`."""
+    lead, k = x.shape[:-1], x.shape[-1]
+    x = x.reshape(k)
+    if x.stride(0) != 1 or x.data_ptr() & 15:
+        x = x.clone(memory_format=torch.contiguous_format)
+    int8 = weights[0].dtype == torch.int8
+    config = config or tile(k if int8 else 2 * k, int8)
+    sizes = tuple([w.shape[0] for w in weights])
+    outs = [x.new_empty((*lead, n)) for n in (sizes[:1] if act else sizes)]
+    residual = None if residual is None else residual.reshape(sizes[0]).contiguous()
+    launch = _bind(
+        k, sizes, tuple([w.stride(0) for w in weights]), act, *config, pdl(x.device), int8,
+        x.dtype, x.device, biases[0] is None or biases[0].dtype, residual is None or residual.dtype,
+    )  # fmt: skip
+    operand, x_scale = split(x[None], 3, 1) if int8 else (x, None)
+    launch(operand, x_scale, residual, *_three(weights), *_three(scales), *_three(biases), *_three(outs))
+    return outs
