@@ -96,9 +96,9 @@ def _compile(forward: Callable[..., Any], report: Report) -> Callable[..., Any]:
 class CompiledForward:
     """Calls ``forward`` through the backend, with one compiled function per kind of call.
 
-    ``report`` accounts for every graph. Prompts of all lengths are one kind, single tokens another; so are one row and
-    several (Dynamo never generalises
+    Prompts of all lengths are one kind, single tokens another; so are one row and several (Dynamo never generalises
     from 1), other arguments, and other autograd modes. Each kind has few graphs, so none meets the recompile limit.
+    ``report`` accounts for all of them.
     """
 
     def __init__(self, forward: Callable[..., Any], report: Report):
