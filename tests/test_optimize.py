@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tinyfuse.fallback import FallbackError
 from tinyfuse.api import optimize, restore
+from tinyfuse.fallback import FallbackError
 
 TINY = {
     "hidden_size": 32,
