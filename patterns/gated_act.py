@@ -49,6 +49,7 @@ gated_linear = Pattern(
             act,
         ),
     ),
+    where=(Check(lambda m: (m.s_gate is None) == (m.s_up is None), "one of the weights is quantised, the other not"),),
     to=lambda m: [call(ops.gated_linear.default, m.x, m.w_gate, m.w_up, m.s_gate, m.s_up, m.b_gate, m.b_up, m.act)],
     example=lambda: {
         "x": torch.randn(2, 3, 8), "w_gate": torch.randn(6, 8), "w_up": torch.randn(6, 8), "act": "silu",

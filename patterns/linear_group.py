@@ -5,7 +5,7 @@ import operator
 import torch
 
 import tinyfuse.kernels.linear_group  # noqa: F401
-from tinyfuse.graph.pattern import Pattern, call, optional, tensor
+from tinyfuse.graph.pattern import Check, Pattern, call, optional, tensor
 
 x = tensor("x")
 
@@ -27,6 +27,12 @@ def group(count: int) -> Pattern:
         name=f"linear_group_{count}",
         stage="fuse",
         roots=tuple(call(linear, x, w, s, b, None) for w, s, b in parts),
+        where=(
+            Check(
+                lambda m: len({m.captures[f"s{i}"] is None for i in range(count)}) == 1,
+                "some of the weights are quantised and some are not",
+            ),
+        ),
         to=to,
         example=example,
     )

@@ -44,6 +44,13 @@ def test_every_site_of_a_llama_is_fused(llama: Report) -> None:
     assert llama.graph_breaks == []
 
 
+def test_int8_linears_count_as_fused() -> None:
+    model, inputs = build("llama", num_hidden_layers=1)
+    tinyfuse.quantize_(model, "int8")
+    summary = explain(model, inputs).summary
+    assert summary["linear"] == {"found": 8, "fused": 8}
+
+
 def test_sites_name_modules_of_the_model(llama: Report) -> None:
     names = {name for name, _ in build("llama")[0].named_modules()}
     assert {site.module for site in llama.sites} <= names

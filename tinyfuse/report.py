@@ -243,10 +243,11 @@ def account(
 
 def _fate(anchor: Anchor, copies: Mapping[Node, Node], outcome: Any, choices: Mapping[Node, Any]) -> Fate:
     path, final = outcome.final(copies[anchor.node])
-    if path:
+    if path or final in choices:  # an int8 linear is an op before any pattern sees it
         node = _op_node(final, choices)
         kernel, reason = choices[node].kernel, choices[node].reason
-        return Fate("declined" if reason else "fused", path[-1].name, f"{_op(node)}/{kernel}", reason)
+        pattern = path[-1].name if path else None
+        return Fate("declined" if reason else "fused", pattern, f"{_op(node)}/{kernel}", reason)
     near = _declined(anchor, copies, outcome)
     if near is not None:
         pattern, reason = near
