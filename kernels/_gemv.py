@@ -448,6 +448,8 @@ def _store(y, value, residual, residual_stride, m, n, M: tl.constexpr, N):
 def reason(x: Tensor, weights: list[Tensor], scales: list[Tensor | None], biases: list[Tensor | None]) -> str | None:
     """Why :func:`gemv` cannot run these, whatever the rows."""
     first = weights[0]
+    if x.numel() == 0:
+        return "there is nothing to multiply"
     if x.dtype not in (torch.bfloat16, torch.float16):
         return f"the GPU linears take bfloat16 or float16 activations, not {x.dtype}"
     if first.dtype not in (torch.int8, x.dtype) or any(w.dtype != first.dtype for w in weights):
@@ -467,9 +469,7 @@ def reason(x: Tensor, weights: list[Tensor], scales: list[Tensor | None], biases
     return None
 
 
-def most_rows(weight: Tensor) -> int:
-    """Up to how many rows of x these kernels are the fastest, as measured on an H200."""
-    return 8 if weight.dtype == torch.int8 else 1
+MOST_ROWS = 8  # of x, up to which these kernels are the fastest, as measured on an H200
 
 
 def rows(x: Tensor) -> Tensor:
@@ -500,13 +500,14 @@ def digits(x: Tensor) -> tuple[Tensor, Tensor]:
     return out, scale
 
 
-def tile(m: int, k_bytes: int, int8: bool) -> tuple[int, int, int, int, int]:
-    """(warps over rows, warps over K, groups of 8 rows, steps loaded ahead), as measured on an H200."""
+def tile(m: int, n: int, k_bytes: int, int8: bool) -> tuple[int, int, int, int, int]:
+    """(warps over rows, warps over K, groups of 8 rows, steps loaded ahead, steps whose x is loaded together), as
+    measured on an H200."""
     if int8:
         return (1, 4, 1, 16, 4) if m <= 8 or k_bytes > 8192 else (1, 4, 2, 8, 2)
-    if k_bytes > 16384:
-        return 1, 8, 1, 21, 7
-    return (1, 8, 1, 16, 8) if k_bytes > 4096 else (1, 4, 2, 8, 8)
+    if k_bytes <= 4096:
+        return 1, 4, 2, 8, 8
+    return (1, 8, 1, 16, 8) if n >= 8192 else (1, 8, 2, 8, 8)
 
 
 @lru_cache(4096)
@@ -542,8 +543,8 @@ def gemv(
     lead, x = x.shape[:-1], rows(x)
     m, k = x.shape
     int8 = weights[0].dtype == torch.int8
-    config = config or tile(m, k if int8 else 2 * k, int8)
     sizes = tuple([w.shape[0] for w in weights])
+    config = config or tile(m, sum(sizes), k if int8 else 2 * k, int8)
     outs = [x.new_empty((*lead, n)) for n in (sizes[:1] if act else sizes)]
     if residual is not None:
         residual = residual.reshape(-1, sizes[0])

@@ -171,9 +171,16 @@ def _bind(
     return Launch(_one_row, (sum(blocks),), scalars, warps, ahead)
 
 
-def tile(k_bytes: int, int8: bool) -> tuple[int, int]:
-    """(weight rows of a program, its warps), as measured on an H200."""
-    return (4, 4) if k_bytes <= 8192 else (2, 4)
+def tile(k_bytes: int, int8: bool, pair: bool) -> tuple[int, int]:
+    """(weight rows of a program, its warps), as measured on an H200; at most 128 registers of weights to a thread."""
+    if int8:
+        rows, warps = (4, 4) if k_bytes > 8192 else (4, 2) if k_bytes > 4096 or k_bytes <= 2048 else (8, 2)
+    else:
+        rows, warps = (1, 8) if k_bytes > 16384 else (2, 8) if k_bytes > 4096 else (2, 4)
+    rows = max(1, rows // 2) if pair else rows
+    while rows * (1 + pair) * k_bytes > warps * 32 * 512 and (rows > 1 or warps < 16):
+        rows, warps = (rows // 2, warps) if rows > 1 else (rows, 2 * warps)
+    return rows, warps
 
 
 def one_row(
@@ -186,7 +193,7 @@ def one_row(
     if x.stride(0) != 1 or x.data_ptr() & 15:
         x = x.clone(memory_format=torch.contiguous_format)
     int8 = weights[0].dtype == torch.int8
-    config = config or tile(k if int8 else 2 * k, int8)
+    config = config or tile(k if int8 else 2 * k, int8, act != "")
     sizes = tuple([w.shape[0] for w in weights])
     outs = [x.new_empty((*lead, n)) for n in (sizes[:1] if act else sizes)]
     residual = None if residual is None else residual.reshape(sizes[0]).contiguous()

@@ -61,8 +61,8 @@ def supports_gemv(
     x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, residual: Tensor | None
 ) -> str | None:
     reason = _gemv.reason(x, [weight], [scale], [bias]) or residual_reason(x, weight, residual)
-    if reason is None and _rows(x) > _gemv.most_rows(weight):
-        reason = f"the GPU matrix-vector products take at most {_gemv.most_rows(weight)} rows of x"
+    if reason is None and _rows(x) > _gemv.MOST_ROWS:
+        reason = f"the GPU matrix-vector products take at most {_gemv.MOST_ROWS} rows of x"
     return reason
 
 
@@ -77,8 +77,8 @@ def few_rows(
     residual: Tensor | None = None, act: str = "",
 ) -> list[Tensor]:  # fmt: skip
     """The kernel that measured faster for so few rows."""
-    one_row = _rows(x) == 1 and weights[0].dtype == torch.int8
-    return (_one_row.one_row if one_row else _gemv.gemv)(x, weights, scales, biases, residual, act)
+    run = _one_row.one_row if _rows(x) == 1 else _gemv.gemv
+    return run(x, weights, scales, biases, residual, act)
 
 
 def run_gemv(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:

@@ -56,8 +56,8 @@ def supports_gemv(
     if len(weights) > 3:
         return "the GPU matrix-vector products take at most 3 weights together"
     reason = _gemv.reason(x, weights, scales, biases)
-    if reason is None and x.numel() // x.shape[-1] > _gemv.most_rows(weights[0]):
-        reason = f"the GPU matrix-vector products take at most {_gemv.most_rows(weights[0])} rows of x"
+    if reason is None and x.numel() // x.shape[-1] > _gemv.MOST_ROWS:
+        reason = f"the GPU matrix-vector products take at most {_gemv.MOST_ROWS} rows of x"
     return reason
 
 

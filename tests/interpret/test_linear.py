@@ -137,6 +137,7 @@ def test_declines():
     x = torch.randn(1, 72, dtype=torch.bfloat16)
     w, scale = weights(8, torch.int8, 72)
     assert "16 elements" in linear.supports_gemv(x, w, scale, None, None)
+    assert "nothing" in linear.supports_gemv(x[:0], w, scale, None, None)
     assert "float32" in linear.supports_gemv(x.float(), w, scale, None, None)
     assert "rows" in linear.supports_gemv(torch.randn(99, 64).bfloat16(), w[:, :64], scale, None, None)
     assert "at most 3" in linear_group.supports_gemv(x, [w] * 4, [scale] * 4, [None] * 4)
