@@ -172,13 +172,14 @@ def _bind(
 
 
 def tile(k_bytes: int, int8: bool, pair: bool) -> tuple[int, int]:
-    """(weight rows of a program, its warps), as measured on an H200; at most 128 registers of weights to a thread."""
+    """(weight rows of a program, its warps), as measured on an H200; at most 128 registers of weights to a thread, 64
+    under an activation, so that nothing spills."""
     if int8:
         rows, warps = (4, 4) if k_bytes > 8192 else (4, 2) if k_bytes > 4096 or k_bytes <= 2048 else (8, 2)
     else:
         rows, warps = (1, 8) if k_bytes > 16384 else (2, 8) if k_bytes > 4096 else (2, 4)
     rows = max(1, rows // 2) if pair else rows
-    while rows * (1 + pair) * k_bytes > warps * 32 * 512 and (rows > 1 or warps < 16):
+    while rows * (1 + 3 * pair) * k_bytes > warps * 32 * 512 and (rows > 1 or warps < 16):
         rows, warps = (rows // 2, warps) if rows > 1 else (rows, 2 * warps)
     return rows, warps
 
