@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.cache_utils import DynamicCache
 from transformers.generation.configuration_utils import GenerationConfig, GenerationMode
-from transformers.generation.logits_process import MinNewTokensLengthLogitsProcessor
+from transformers.generation.logits_process import MinLengthLogitsProcessor, MinNewTokensLengthLogitsProcessor
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerationMixin
 
@@ -450,13 +450,18 @@ class Loop:
 def _always_banned(processors: LogitsProcessorList, input_ids: Tensor, limit: int) -> Tensor | None:
     """The ids that ``processors`` forbid at each of ``limit`` tokens, or None if they do anything more.
 
-    ``min_new_tokens`` at the limit or above forbids the end of the sequence and nothing else.
+    A minimum length at the limit or above (``min_new_tokens`` sets two processors) forbids the end of the sequence and
+    nothing else.
     """
-    banned = [input_ids.new_zeros(0)]
+    prompt, banned = input_ids.shape[1], [input_ids.new_zeros(0)]
     for processor in processors:
-        if type(processor) is not MinNewTokensLengthLogitsProcessor:
+        if type(processor) is MinLengthLogitsProcessor:
+            least = processor.min_length - prompt
+        elif type(processor) is MinNewTokensLengthLogitsProcessor and processor.prompt_length_to_skip == prompt:
+            least = processor.min_new_tokens
+        else:
             return None
-        if processor.min_new_tokens < limit or processor.prompt_length_to_skip != input_ids.shape[1]:
+        if least < limit:
             return None
         banned.append(processor.eos_token_id.to(input_ids.device).flatten())
     return torch.cat(banned).unique()
