@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -84,15 +84,22 @@ class Program:
 
 
 class Segment:
-    """A function of tensors that turns into programs, one for each place that its large inputs have been seen at.
+    """A function of tensors that turns into programs, one for each place that its inputs are seen at twice in a row.
 
-    ``written``: indices of the arguments that the function writes (caches). Outputs are copies, so that a later call
-    leaves them alone. Where it cannot be replayed it runs as it is; ``reason`` then says why.
+    ``written``: indices of the arguments that the function writes (caches). ``dynamic``: indices of those whose shape
+    changes from call to call. Outputs are copies, so that a later call leaves them alone. Where the function cannot be
+    replayed it runs as it is; ``reason`` then says why.
     """
 
-    def __init__(self, function: Callable[..., Any], written: frozenset[int] = frozenset()):
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        written: frozenset[int] = frozenset(),
+        dynamic: frozenset[int] = frozenset(),
+    ):
         self.function = function
-        self.written = written
+        self.kept = written | dynamic  # never staged
+        self.dynamic = sorted(dynamic)
         self.reason: str | None = None
         self._staged: dict[int, Tensor] = {}
         self._last: tuple[Any, ...] = ()
@@ -112,23 +119,27 @@ class Segment:
             args = list(args)
             for i, buffer in self._staged.items():
                 args[i] = buffer.copy_(args[i])
-        key = (_native.threads(), *[arg.data_ptr() if isinstance(arg, Tensor) else arg for arg in args])
-        program = self._programs.get(key)
+        key = tuple(arg.data_ptr() if isinstance(arg, Tensor) else arg for arg in args)
+        layout = tuple((args[i].shape, args[i].stride()) for i in self.dynamic if isinstance(args[i], Tensor))
+        program = self._programs.get((key, layout, _native.threads()))
         if program is not None:
             return tree_map_only(Tensor, Tensor.clone, program.replay())
-        return self._record(key, tuple(args))
+        last, self._last = self._last, (key, layout, _native.threads())
+        if last == self._last:
+            return self._record(last, tuple(args))
+        if last:
+            self._stage(args, last[0], key)
+        return self.function(*args)
 
-    def _record(self, key: tuple[int, ...], args: tuple[Any, ...]) -> Any:
-        """Small inputs that have moved since the last call are staged from the next call on; then a key can return."""
-        last, self._last = self._last, key
-        moved = [i for i in range(len(args)) if last and key[i + 1] != last[i + 1] and i not in self._staged]
-        stage = [
-            i for i in moved if isinstance(args[i], Tensor) and i not in self.written and args[i].nbytes <= STAGED_BYTES
-        ]
+    def _stage(self, args: Sequence[Any], last: tuple[Any, ...], key: tuple[Any, ...]) -> None:
+        """Small inputs that have moved since the last call are copied to memory that stays from the next call on."""
+        moved = [i for i, arg in enumerate(args) if isinstance(arg, Tensor) and key[i] != last[i]]
         with torch.inference_mode(False):  # a tensor of inference mode could not be written outside it
-            self._staged.update((i, args[i].clone()) for i in stage)
-        if not last or stage:
-            return self.function(*args)
+            for i in moved:
+                if i not in self.kept and i not in self._staged and args[i].nbytes <= STAGED_BYTES:
+                    self._staged[i] = args[i].clone()
+
+    def _record(self, key: tuple[Any, ...], args: tuple[Any, ...]) -> Any:
         if len(self._programs) == MOST_PROGRAMS:
             del self._programs[next(iter(self._programs))]
         try:

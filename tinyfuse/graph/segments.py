@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from tinyfuse.graph.nodes import storage, writes
+from tinyfuse.graph.nodes import is_static, storage, value, writes
 from tinyfuse.kernels._program import Segment
 
 LEAST_KERNELS = 6  # shorter runs do not repay the call of a segment, which looks at the address of every input
@@ -49,10 +49,10 @@ def _replace(graph: Graph, run: list[Node], written: dict[Node, list[Node]]) -> 
     part.output([copies[node] for node in outputs])
     targets = {w for node in run for w in written.get(node, ())}
     indices = frozenset(i for i, node in enumerate(inputs) if node in targets)
+    dynamic = frozenset(i for i, node in enumerate(inputs) if not _has_fixed_shape(node))
+    segment = Segment(GraphModule(torch.nn.Module(), part).forward, indices, dynamic)
     with graph.inserting_after(run[-1]):
-        call = graph.call_function(
-            _named(Segment(GraphModule(torch.nn.Module(), part).forward, indices)), tuple(inputs)
-        )
+        call = graph.call_function(_named(segment), tuple(inputs))
     for index, node in reversed(list(enumerate(outputs))):
         with graph.inserting_after(call):
             item = graph.call_function(operator.getitem, (call, index))
@@ -66,6 +66,10 @@ def _aliases(graph: Graph, inside: set[Node], inputs: list[Node], outputs: list[
     later = {storage(w) for node in graph.nodes if node not in inside for w in writes(node)}
     given = {storage(n) for n in inputs} - {None}
     return any(storage(n) in given | later for n in outputs)
+
+
+def _has_fixed_shape(node: Node) -> bool:
+    return isinstance(value(node), torch.Tensor) and is_static(value(node))
 
 
 def _named(segment: Segment) -> Callable[..., Any]:
