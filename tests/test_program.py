@@ -82,6 +82,15 @@ def test_segment_recorded_in_inference_mode_runs_outside_it():
             assert torch.equal(segment(*args), rms_norm.run_native(*args))
 
 
+def test_another_shape_at_the_same_address_is_another_place():
+    buffer = torch.randn(9, 96)
+    segment = Segment(lambda x: rms_norm.run_native(x, None, 1e-5, False, True), dynamic=frozenset({0}))
+    for rows in (4, 4, 4, 7, 7, 7, 4, 9):
+        x = buffer[:rows]
+        assert torch.equal(segment(x), rms_norm.run_native(x, None, 1e-5, False, True))
+    assert len(segment._programs) == 2 and not segment._staged
+
+
 def test_what_computes_is_not_replayed_but_runs():
     def mixed(x):
         return rms_norm.run_native(x + 1, None, 1e-5, False, True)

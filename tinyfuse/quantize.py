@@ -342,7 +342,7 @@ def _scale(name: str, module: nn.Module) -> Tensor:
     absmax = torch.maximum(weight.amax(rows), weight.amin(rows).neg()).float()
     if not absmax.isfinite().all():
         raise ValueError(f"{name}.weight contains NaN or Inf; nothing was quantised")
-    scale = absmax / 127
+    scale = absmax / absmax.new_full((), 127.0)  # CUDA multiplies by 1/127 for a Python divisor: other bytes
     return torch.where(scale < torch.finfo(torch.float32).tiny, 1.0, scale)
 
 
