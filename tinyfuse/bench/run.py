@@ -17,7 +17,7 @@ from tinyfuse.bench.environment import environment
 from tinyfuse.bench.measure import Samples, median
 from tinyfuse.bench.quality import WINDOW, WINDOWS, quality
 from tinyfuse.bench.variants import Variant
-from tinyfuse.report import collect
+from tinyfuse.report import report_of
 
 WARM_UPS = 2  # the first pass compiles (and records CUDA graphs), the second one shows that nothing is left to compile
 
@@ -125,16 +125,16 @@ def _prepare(variant: Variant, model: nn.Module, prompts: list[Tensor], gen: int
         variant.quantize(mine)
         measure.synchronize(device)
         quantize_s = time.perf_counter() - start
-    with collect() as report:
-        start = time.perf_counter()
-        if variant.optimize is not None:
-            mine = variant.optimize(mine)
-        run = variants.runner(mine, variant.arguments(prompts[0].shape[1]))
-        for prompt in prompts:
-            run(prompt, 1)
-            run(prompt, gen)
-        warm_up_s = time.perf_counter() - start
-    return Prepared(variant, mine, run, quantize_s, warm_up_s, measure.allocated(device) - before, report.summary)
+    start = time.perf_counter()
+    if variant.optimize is not None:
+        mine = variant.optimize(mine)
+    run = variants.runner(mine, variant.arguments(prompts[0].shape[1]))
+    for prompt in prompts:
+        run(prompt, 1)
+        run(prompt, gen)
+    warm_up_s = time.perf_counter() - start
+    fused = report_of(mine).summary if variant.optimize is not None else {}
+    return Prepared(variant, mine, run, quantize_s, warm_up_s, measure.allocated(device) - before, fused)
 
 
 def _row(ready: Prepared, samples: Samples, settings: Settings, loaded: models.Loaded, load_s: float, bandwidth: float):

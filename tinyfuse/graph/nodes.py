@@ -80,12 +80,3 @@ def storage(node: Node) -> int | None:
     """An identity that nodes which may share memory share."""
     tensor = value(node)
     return StorageWeakRef(tensor.untyped_storage()).cdata if isinstance(tensor, torch.Tensor) else None
-
-
-def module_path(node: Node) -> str:
-    """The module a node came from, as in ``named_modules()``."""
-    stack = node.meta.get("nn_module_stack")
-    if not stack:
-        return ""
-    path = next(reversed(stack.values()))[0]
-    return path.replace("L['self'].", "").replace("L['self']", "")
