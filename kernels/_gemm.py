@@ -9,15 +9,18 @@ exact int32 sums. Two digits carry 16 bits of the row's largest magnitude.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tinyfuse.kernels._gemv import rows
+from tinyfuse.kernels import _gemv
+from tinyfuse.kernels._gemv import pick, rows, three
 from tinyfuse.kernels._triton import Launch, jit, pdl, tl, triton
 
+# Digits, rows, columns and depth of a tile, stages, warps, shares of K.
+Config = tuple[int, int, int, int, int, int, int]
 MOST_ROWS = 256  # beyond, expanding the weight and cuBLAS are faster
 
 
@@ -42,83 +45,100 @@ def _split(x, out, scale, stride, rows, K, DIGITS: tl.constexpr, BLOCK: tl.const
         tl.store(out + (d * rows + row) * K + k, digit.to(tl.int8), mask=k < K)
 
 
-@jit
-def _tile(at, k, left, EVEN: tl.constexpr):
-    return tl.load(at) if EVEN else tl.load(at, mask=k[None, :] < left, other=0)
-
-
-@jit
+@jit(do_not_specialize=["M", "rows", "first1", "first2"])
 def _gemm(
-    x, x_scale, w, scale, bias, residual, y, parts, w_stride, residual_stride, M, rows, N, K, per_part,
-    EVEN: tl.constexpr, DIGITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    x, x_scale, residual, parts, w0, w1, w2, s0, s1, s2, b0, b1, b2, y0, y1, y2,
+    M, rows, residual_stride, per_part, n0, n1, n2, stride0, stride1, stride2, first1, first2,
+    K: tl.constexpr, MEMBERS: tl.constexpr, DIGITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A tile of y, or of one of PARTS shares of K. x: digits [DIGITS, rows, K]. Programs that share weights are
-    neighbours."""
+    """A tile of one y, or of one of PARTS shares of K. x: digits [DIGITS, rows, K]. ``first``: the first block of
+    columns of a weight. Programs that share weights are neighbours."""
     blocks_m = tl.cdiv(M, BLOCK_M)
     part = tl.program_id(1)
-    m = tl.program_id(0) % blocks_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tl.program_id(0) // blocks_m * BLOCK_N + tl.arange(0, BLOCK_N)
+    block = tl.program_id(0) // blocks_m
+    w, s, b, y, n, stride = w0, s0, b0, y0, n0, stride0
+    before = 0
+    if MEMBERS > 1:
+        which = (block >= first1).to(tl.int32) + (block >= first2).to(tl.int32)
+        w, s, y = pick(which, w0, w1, w2, MEMBERS), pick(which, s0, s1, s2, MEMBERS), pick(which, y0, y1, y2, MEMBERS)
+        n, stride = pick(which, n0, n1, n2, MEMBERS), pick(which, stride0, stride1, stride2, MEMBERS)
+        if b0 is not None:
+            b = pick(which, b0, b1, b2, MEMBERS)
+        before = pick(which, 0, n0, n0 + n1, MEMBERS)
+        block -= pick(which, 0, first1, first2, MEMBERS)
+    row = block * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
-    w += tl.minimum(n, N - 1).to(tl.int64)[:, None] * w_stride + k[None, :]
-    x0 = x + m.to(tl.int64)[:, None] * K + k[None, :]
-    x1 = x0 + rows.to(tl.int64) * K
-    x2 = x1 + rows.to(tl.int64) * K
+    w += tl.minimum(row, n - 1).to(tl.int64)[:, None] * stride + k[None, :]
+    # All digits of BLOCK_M rows are the columns of one product; three of them leave a fourth slot, of weight 0.
+    SLOTS: tl.constexpr = 4 if DIGITS == 3 else DIGITS
+    column = tl.arange(0, SLOTS * BLOCK_M)
+    first = tl.program_id(0) % blocks_m * BLOCK_M
+    at = (tl.minimum(column // BLOCK_M, DIGITS - 1) * rows + first + column % BLOCK_M).to(tl.int64)
+    x += at[:, None] * K + k[None, :]
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    acc0 = tl.zeros([BLOCK_N, BLOCK_M], tl.int32)
-    acc1 = acc0
-    acc2 = acc0
+    acc = tl.zeros([BLOCK_N, SLOTS * BLOCK_M], tl.int32)
     for start in tl.range(part * per_part, tl.minimum(part * per_part + per_part, K), BLOCK_K, num_stages=STAGES):
-        a = _tile(w + start, k, K - start, EVEN)
-        d0 = _tile(x0 + start, k, K - start, EVEN)
-        d1 = _tile(x1 + start, k, K - start, EVEN)
-        acc0 = tl.dot(a, tl.trans(d0), acc0, out_dtype=tl.int32)
-        acc1 = tl.dot(a, tl.trans(d1), acc1, out_dtype=tl.int32)
-        if DIGITS == 3:
-            d2 = _tile(x2 + start, k, K - start, EVEN)
-            acc2 = tl.dot(a, tl.trans(d2), acc2, out_dtype=tl.int32)
-    total = acc0.to(tl.float32) * 256.0 + acc1.to(tl.float32)
-    if DIGITS == 3:
-        total = total * 256.0 + acc2.to(tl.float32)
-    total = tl.trans(total)
-    mask = (m < M)[:, None] & (n < N)[None, :]
+        if K % BLOCK_K == 0:
+            acc = tl.dot(tl.load(w + start), tl.trans(tl.load(x + start)), acc, out_dtype=tl.int32)
+        else:
+            inside = k[None, :] < K - start
+            a, d = tl.load(w + start, mask=inside, other=0), tl.load(x + start, mask=inside, other=0)
+            acc = tl.dot(a, tl.trans(d), acc, out_dtype=tl.int32)
+    slot = tl.arange(0, SLOTS)[None, :, None]
+    power = tl.where(slot == DIGITS - 1, 1.0, tl.where(slot == DIGITS - 2, 256.0, tl.where(slot == 0, 65536.0, 0.0)))
+    total = tl.sum(tl.reshape(acc, [BLOCK_N, SLOTS, BLOCK_M]).to(tl.float32) * power, 1)
+    m = first + tl.arange(0, BLOCK_M)[None, :]
+    row = row[:, None]
+    mask = (m < M) & (row < n)
     if PARTS > 1:
-        at = (part * M + m).to(tl.int64)[:, None] * N + n[None, :]
-        tl.store(parts + at, total, mask=mask)
+        columns = n0 + (MEMBERS > 1) * n1 + (MEMBERS > 2) * n2
+        tl.store(parts + (part * M + m).to(tl.int64) * columns + before + row, total, mask=mask)
     else:
-        _finish(total, x_scale, scale, bias, residual, residual_stride, y, m, n, mask, M, N)
+        _finish(total, x_scale, s, b, residual, residual_stride, y, m, row, mask, M, n)
 
 
 @jit
 def _finish(total, x_scale, scale, bias, residual, residual_stride, y, m, n, mask, M, N):
-    total *= tl.load(x_scale + m, mask=m < M, other=0.0)[:, None] * tl.load(scale + n, mask=n < N, other=0.0)[None, :]
+    total *= tl.load(x_scale + m, mask=m < M, other=0.0) * tl.load(scale + n, mask=n < N, other=0.0)
     if bias is not None:
-        total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+        total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
     if residual is not None:
-        at = residual + m.to(tl.int64)[:, None] * residual_stride + n[None, :]
-        total += tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y + m.to(tl.int64)[:, None] * N + n[None, :], total.to(y.dtype.element_ty), mask=mask)
+        total += tl.load(residual + m.to(tl.int64) * residual_stride + n, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y + m.to(tl.int64) * N + n, total.to(y.dtype.element_ty), mask=mask)
 
 
-@jit
+@jit(do_not_specialize=["M", "first1", "first2"])
 def _combine(
-    parts, x_scale, scale, bias, residual, y, residual_stride, M, N,
-    PARTS: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
+    parts, x_scale, residual, s0, s1, s2, b0, b1, b2, y0, y1, y2,
+    M, residual_stride, n0, n1, n2, first1, first2,
+    MEMBERS: tl.constexpr, PARTS: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The sum over the shares of K, in their order, of a row of y."""
+    """The sum over the shares of K, in their order, of a row of one y. ``first``: its first program."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    m = tl.program_id(0) + tl.arange(0, 1)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask = (m < M)[:, None] & (n < N)[None, :]
-    at = parts + m.to(tl.int64)[:, None] * N + n[None, :]
+    block = tl.program_id(1)
+    s, b, y, n = s0, b0, y0, n0
+    before, columns = 0, n0
+    if MEMBERS > 1:
+        which = (block >= first1).to(tl.int32) + (block >= first2).to(tl.int32)
+        s, y, n = pick(which, s0, s1, s2, MEMBERS), pick(which, y0, y1, y2, MEMBERS), pick(which, n0, n1, n2, MEMBERS)
+        if b0 is not None:
+            b = pick(which, b0, b1, b2, MEMBERS)
+        before = pick(which, 0, n0, n0 + n1, MEMBERS)
+        block -= pick(which, 0, first1, first2, MEMBERS)
+        columns = n0 + n1 + (MEMBERS > 2) * n2
+    m = (tl.program_id(0) + tl.arange(0, 1))[:, None]
+    row = (block * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    mask = row < n
+    at = parts + m.to(tl.int64) * columns + before + row
     total = tl.load(at, mask=mask, other=0.0)
     for part in tl.static_range(1, PARTS):
-        total += tl.load(at + part * M.to(tl.int64) * N, mask=mask, other=0.0)
-    _finish(total, x_scale, scale, bias, residual, residual_stride, y, m, n, mask, M, N)
+        total += tl.load(at + part * M.to(tl.int64) * columns, mask=mask, other=0.0)
+    _finish(total, x_scale, s, b, residual, residual_stride, y, m, row, mask, M, n)
 
 
 @lru_cache(4096)
@@ -136,46 +156,90 @@ def split(x: Tensor, count: int, padded: int) -> tuple[Tensor, Tensor]:
     return digits, scale
 
 
+@lru_cache(4096)
+def _bind(
+    m: int, k: int, sizes: tuple[int, ...], strides: tuple[int, ...], residual_stride: int, config: Config,
+    ahead: bool, *_dtypes_device: Any,
+) -> tuple[Launch, Launch | None]:  # fmt: skip
+    """The product, and what sums its shares of K."""
+    count, block_m, block_n, block_k, stages, warps, parts = config
+    blocks_m, per_part = triton.cdiv(m, block_m), triton.cdiv(triton.cdiv(k, block_k), parts) * block_k
+    blocks = [triton.cdiv(n, block_n) for n in sizes]
+    scalars = (
+        m, blocks_m * block_m, residual_stride, per_part, *three(sizes), *three(strides), blocks[0], sum(blocks[:2]),
+        k, len(sizes), count, block_m, block_n, block_k, stages, parts, ahead,
+    )  # fmt: skip
+    product = Launch(_gemm, (blocks_m * sum(blocks), parts), scalars, warps, ahead)
+    if parts == 1:
+        return product, None
+    blocks = [triton.cdiv(n, 1024) for n in sizes]
+    scalars = m, residual_stride, *three(sizes), blocks[0], sum(blocks[:2]), len(sizes), parts, 1024, ahead
+    return product, Launch(_combine, (m, sum(blocks)), scalars, 4, ahead)
+
+
+def reason(x: Tensor, weights: list[Tensor], scales: list[Tensor | None], biases: list[Tensor | None]) -> str | None:
+    """Why :func:`gemm` cannot run these."""
+    if scales[0] is None:
+        return "cuBLAS multiplies weights in x's dtype"
+    if x.numel() // x.shape[-1] > MOST_ROWS:
+        return f"the int8 tensor-core kernel takes at most {MOST_ROWS} rows of x"
+    if len(weights) > 3:
+        return "the int8 tensor-core kernel takes at most 3 weights together"
+    return _gemv.reason(x, weights, scales, biases)
+
+
 def gemm(
-    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, residual: Tensor | None,
-    config: tuple[int, int, int, int, int, int, int] | None = None,
-) -> Tensor:  # fmt: skip
-    """x [..., K], int8 weight [N, K]; config: digits, rows, columns, depth of a tile, stages, warps, shares of K."""
+    x: Tensor, weights: list[Tensor], scales: list[Tensor], biases: list[Tensor | None],
+    residual: Tensor | None = None, config: Config | None = None,
+) -> list[Tensor]:  # fmt: skip
+    """x [..., K], 1 to 3 int8 weights as :func:`_gemv.reason` has them; one output [..., N_i] each."""
     lead, x = x.shape[:-1], rows(x)
     m, k = x.shape
-    n = weight.shape[0]
-    count, block_m, block_n, block_k, stages, warps, parts = config or tile(m, n)
-    y = x.new_empty((*lead, n))
+    sizes = tuple([w.shape[0] for w in weights])
+    config = config or tile(m, sum(sizes), x.device)
+    outs = [x.new_empty((*lead, n)) for n in sizes]
     if residual is not None:
-        residual = residual.reshape(-1, n)
+        residual = residual.reshape(-1, sizes[0])
         residual = residual if residual.stride(1) == 1 else residual.contiguous()
-    residual_stride = residual.stride(0) if residual is not None else 0
-    padded = triton.cdiv(m, block_m) * block_m
-    digits, x_scale = split(x, count, padded)
-    ahead = pdl(x.device)
-    extra = {"launch_pdl": True} if ahead else {}
-    sums = x.new_empty((parts, m, n), dtype=torch.float32) if parts > 1 else None
-    per_part = triton.cdiv(triton.cdiv(k, block_k), parts) * block_k
-    _gemm[(triton.cdiv(m, block_m) * triton.cdiv(n, block_n), parts)](
-        digits, x_scale, weight, scale, bias, residual, y, sums, weight.stride(0), residual_stride, m, padded, n, k,
-        per_part, k % block_k == 0, count, block_m, block_n, block_k, stages, parts, ahead, num_warps=warps, **extra,
+    product, combine = _bind(
+        m, k, sizes, tuple([w.stride(0) for w in weights]), 0 if residual is None else residual.stride(0), config,
+        pdl(x.device), x.dtype, x.device, biases[0] is None or biases[0].dtype, residual is None or residual.dtype,
     )  # fmt: skip
-    if parts > 1:
-        _combine[(m, triton.cdiv(n, 1024))](
-            sums, x_scale, scale, bias, residual, y, residual_stride, m, n, parts, 1024, ahead, num_warps=4, **extra
-        )
-    return y
+    digits, x_scale = split(x, config[0], triton.cdiv(m, config[1]) * config[1])
+    sums = None if combine is None else x.new_empty((config[6] * m * sum(sizes),), dtype=torch.float32)
+    ends = (*three(scales), *three(biases), *three(outs))
+    product(digits, x_scale, residual, sums, *three(weights), *ends)
+    if combine is not None:
+        combine(sums, x_scale, residual, *ends)
+    return outs
 
 
-def tile(m: int, n: int) -> tuple[int, int, int, int, int, int, int]:
-    """(digits, rows, columns and depth of a tile, stages, warps, shares of K), as measured on an H200."""
-    block_m = 32 if m <= 32 else 64
-    parts = min(8, max(1, 256 // (triton.cdiv(n, 64) * triton.cdiv(m, block_m))))  # about two programs a processor
-    return 3 if m <= 32 else 2, block_m, 64, 128, 4, 4, parts
+@cache
+def _processors(device: torch.device) -> tuple[int, int]:
+    """How many there are, and the bytes of shared memory that the programs on one of them share."""
+    if device.type != "cuda":
+        return 132, 233472
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, properties.shared_memory_per_multiprocessor
+
+
+def tile(m: int, n: int, device: torch.device) -> Config:
+    """Tiles as measured on an H200; all programs at once, each with the stages that then fit, measured faster than
+    any fixed number of stages."""
+    processors, shared = _processors(device)
+    count, block_m, block_k = (3 if m <= 32 else 2), (16 if m <= 16 else 32 if m <= 32 else 64), 128
+    blocks_m = triton.cdiv(m, block_m)
+    block_n = 128 if triton.cdiv(n, 64) * blocks_m > 1024 else 64
+    blocks, parts = triton.cdiv(n, block_n) * blocks_m, 1
+    while blocks * parts <= processors // 2 and parts < 8:
+        parts, block_k = 2 * parts, 256
+    stage = (block_n + (4 if count == 3 else 2) * block_m) * block_k
+    each = shared // triton.cdiv(blocks * parts, processors) - 1024  # the driver keeps 1 KiB of each program's
+    return count, block_m, block_n, block_k, min(max(each // stage, 3), 5 if block_k == 128 else 4), 4, parts
 
 
 @jit
-def _cast(w, stride, scale, out, K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _cast(w, scale, out, stride, K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(w + row * stride + k, mask=k < K, other=0).to(tl.float32) * tl.load(scale + row)
@@ -185,11 +249,15 @@ def _cast(w, stride, scale, out, K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.c
     tl.store(out + row * K + k, value.to(out.dtype.element_ty), mask=k < K)
 
 
+@lru_cache(4096)
+def _bind_cast(n: int, k: int, stride: int, ahead: bool, *_dtype_device: Any) -> Launch:
+    block = min(4096, triton.next_power_of_2(k))
+    return Launch(_cast, (n, triton.cdiv(k, block)), (stride, k, block, ahead), 4, ahead)
+
+
 def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """scale[:, None] * weight in ``dtype``."""
-    n, k = weight.shape
-    out = torch.empty((n, k), dtype=dtype, device=weight.device)
-    block = min(4096, triton.next_power_of_2(k))
-    extra = {"launch_pdl": True} if pdl(weight.device) else {}
-    _cast[(n, triton.cdiv(k, block))](weight, weight.stride(0), scale, out, k, block, bool(extra), num_warps=4, **extra)
+    out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    launch = _bind_cast(*weight.shape, weight.stride(0), pdl(weight.device), dtype, weight.device)
+    launch(weight, scale, out)
     return out

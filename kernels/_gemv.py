@@ -283,6 +283,17 @@ def _activations(at, at2, word, j, STEP: tl.constexpr, WORDS: tl.constexpr, LAST
 
 
 @jit
+def pick(which, a0, a1, a2, MEMBERS: tl.constexpr):
+    """a0, a1 or a2 by the number ``which``."""
+    if MEMBERS == 1:
+        return a0
+    elif MEMBERS == 2:
+        return tl.where(which == 0, a0, a1)
+    else:
+        return tl.where(which == 0, a0, tl.where(which == 1, a1, a2))
+
+
+@jit
 def _gemv(
     x, x_scale, residual, w0, w1, w2, s0, s1, s2, b0, b1, b2, y0, y1, y2,
     x_stride, residual_stride, n0, n1, n2, stride0, stride1, stride2, first1, first2, loops,
@@ -306,25 +317,15 @@ def _gemv(
 
     pid = tl.program_id(0)
     w, s, b, y, n, stride = w0, s0, b0, y0, n0, stride0
-    if ACT == "" and MEMBERS >= 2:
-        other = pid >= first1
-        w, y, n = tl.where(other, w1, w0), tl.where(other, y1, y0), tl.where(other, n1, n0)
-        stride = tl.where(other, stride1, stride0)
+    if ACT == "" and MEMBERS > 1:
+        which = (pid >= first1).to(tl.int32) + (pid >= first2).to(tl.int32)
+        w, y, n = pick(which, w0, w1, w2, MEMBERS), pick(which, y0, y1, y2, MEMBERS), pick(which, n0, n1, n2, MEMBERS)
+        stride = pick(which, stride0, stride1, stride2, MEMBERS)
         if s0 is not None:
-            s = tl.where(other, s1, s0)
+            s = pick(which, s0, s1, s2, MEMBERS)
         if b0 is not None:
-            b = tl.where(other, b1, b0)
-        first = tl.where(other, first1, 0)
-        if MEMBERS == 3:
-            other = pid >= first2
-            w, y, n = tl.where(other, w2, w), tl.where(other, y2, y), tl.where(other, n2, n)
-            stride = tl.where(other, stride2, stride)
-            if s0 is not None:
-                s = tl.where(other, s2, s)
-            if b0 is not None:
-                b = tl.where(other, b2, b)
-            first = tl.where(other, first2, first)
-        pid -= first
+            b = pick(which, b0, b1, b2, MEMBERS)
+        pid -= pick(which, 0, first1, first2, MEMBERS)
     start = pid * (8 * ROW_WARPS * (1 if ACT != "" else GROUPS))
 
     # Element i: warp i // 128 (of ROW_WARPS by K_WARPS), then 8 rows, then 4 lanes of 4 words each.
@@ -525,13 +526,13 @@ def _bind(
     block = 8 * row_warps * (1 if act else groups)
     blocks = [triton.cdiv(n, block) for n in (sizes[:1] if act else sizes)]
     scalars = (
-        strides[0], residual_stride, *_three(sizes), *_three(strides[1:]), blocks[0], sum(blocks[:2]),
+        strides[0], residual_stride, *three(sizes), *three(strides[1:]), blocks[0], sum(blocks[:2]),
         steps // depth - 1, m, k, len(sizes), act, row_warps, k_warps, groups, depth, batch, ahead, not interpreted(),
     )  # fmt: skip
     return Launch(_gemv, (sum(blocks),), scalars, row_warps * k_warps, ahead)
 
 
-def _three(values: Sequence[Any]) -> tuple[Any, ...]:
+def three(values: Sequence[Any]) -> tuple[Any, ...]:
     return (*values, *[values[0]] * (3 - len(values)))
 
 
@@ -556,5 +557,5 @@ def gemv(
         x.dtype, x.device, biases[0] is None or biases[0].dtype, residual is None or residual.dtype,
     )  # fmt: skip
     operand, x_scale = digits(x) if int8 else (x, None)
-    launch(operand, x_scale, residual, *_three(weights), *_three(scales), *_three(biases), *_three(outs))
+    launch(operand, x_scale, residual, *three(weights), *three(scales), *three(biases), *three(outs))
     return outs

@@ -7,7 +7,6 @@ int8 digits of x (``_gemm.split``) four at a time in ``dp4a``, with exact int32 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -15,19 +14,9 @@ import torch
 from torch import Tensor
 
 from tinyfuse.kernels._gemm import split
+from tinyfuse.kernels._gemv import pick, three
 from tinyfuse.kernels._triton import Launch, interpreted, jit, pdl, tl, triton
 from tinyfuse.kernels.gated_act import activate
-
-
-@jit
-def _pick(which, a0, a1, a2, MEMBERS: tl.constexpr):
-    """a0, a1 or a2 by the number ``which``."""
-    if MEMBERS == 1:
-        return a0
-    elif MEMBERS == 2:
-        return tl.where(which == 0, a0, a1)
-    else:
-        return tl.where(which == 0, a0, tl.where(which == 1, a1, a2))
 
 
 @jit
@@ -78,13 +67,13 @@ def _one_row(
     w, s, b, y, n, stride = w0, s0, b0, y0, n0, stride0
     if MEMBERS > 1 and not PAIR:
         which = (pid >= first1).to(tl.int32) + (pid >= first2).to(tl.int32)
-        w, y = _pick(which, w0, w1, w2, MEMBERS), _pick(which, y0, y1, y2, MEMBERS)
-        n, stride = _pick(which, n0, n1, n2, MEMBERS), _pick(which, stride0, stride1, stride2, MEMBERS)
+        w, y = pick(which, w0, w1, w2, MEMBERS), pick(which, y0, y1, y2, MEMBERS)
+        n, stride = pick(which, n0, n1, n2, MEMBERS), pick(which, stride0, stride1, stride2, MEMBERS)
         if s0 is not None:
-            s = _pick(which, s0, s1, s2, MEMBERS)
+            s = pick(which, s0, s1, s2, MEMBERS)
         if b0 is not None:
-            b = _pick(which, b0, b1, b2, MEMBERS)
-        pid -= _pick(which, 0, first1, first2, MEMBERS)
+            b = pick(which, b0, b1, b2, MEMBERS)
+        pid -= pick(which, 0, first1, first2, MEMBERS)
     row = pid * ROWS + tl.arange(0, ROWS)
     live = row < n
     safe = tl.minimum(row, n - 1).to(tl.int64)[:, None]
@@ -154,10 +143,6 @@ def _one_row(
     tl.store(y + row, value.to(y.dtype.element_ty), mask=live)
 
 
-def _three(values: Sequence[Any]) -> tuple[Any, ...]:
-    return (*values, *[values[0]] * (3 - len(values)))
-
-
 @lru_cache(4096)
 def _bind(
     k: int, sizes: tuple[int, ...], strides: tuple[int, ...], act: str, rows: int, warps: int, ahead: bool,
@@ -165,7 +150,7 @@ def _bind(
 ) -> Launch:  # fmt: skip
     blocks = [triton.cdiv(n, rows) for n in (sizes[:1] if act else sizes)]
     scalars = (
-        *_three(sizes), *_three(strides), blocks[0], sum(blocks[:2]), k, len(sizes), act, rows, warps, ahead,
+        *three(sizes), *three(strides), blocks[0], sum(blocks[:2]), k, len(sizes), act, rows, warps, ahead,
         not interpreted(),
     )  # fmt: skip
     return Launch(_one_row, (sum(blocks),), scalars, warps, ahead)
@@ -203,5 +188,5 @@ def one_row(
         x.dtype, x.device, biases[0] is None or biases[0].dtype, residual is None or residual.dtype,
     )  # fmt: skip
     operand, x_scale = split(x[None], 3, 1) if int8 else (x, None)
-    launch(operand, x_scale, residual, *_three(weights), *_three(scales), *_three(biases), *_three(outs))
+    launch(operand, x_scale, residual, *three(weights), *three(scales), *three(biases), *three(outs))
     return outs

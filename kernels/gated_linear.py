@@ -71,14 +71,15 @@ def supports_each(
     x: Tensor, w_gate: Tensor, w_up: Tensor, s_gate: Tensor | None, s_up: Tensor | None,
     b_gate: Tensor | None, b_up: Tensor | None, act: str,
 ) -> str | None:  # fmt: skip
-    return linear_group.supports_each(x, [w_gate, w_up], [s_gate, s_up], [b_gate, b_up])
+    return linear_group.OP.choose(x, [w_gate, w_up], [s_gate, s_up], [b_gate, b_up])[1]
 
 
 def run_each(
     x: Tensor, w_gate: Tensor, w_up: Tensor, s_gate: Tensor | None, s_up: Tensor | None,
     b_gate: Tensor | None, b_up: Tensor | None, act: str,
 ) -> Tensor:  # fmt: skip
-    return gated_act.OP(linear.OP(x, w_gate, s_gate, b_gate, None), linear.OP(x, w_up, s_up, b_up, None), act)
+    gate, up = linear_group.OP(x, [w_gate, w_up], [s_gate, s_up], [b_gate, b_up])
+    return gated_act.OP(gate, up, act)
 
 
 def fake(

@@ -88,17 +88,13 @@ def run_gemv(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | Non
 def supports_tensor_core(
     x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, residual: Tensor | None
 ) -> str | None:
-    if scale is None:
-        return "cuBLAS multiplies weights in x's dtype"
-    if _rows(x) > _gemm.MOST_ROWS:
-        return f"the int8 tensor-core kernel takes at most {_gemm.MOST_ROWS} rows of x"
-    return _gemv.reason(x, [weight], [scale], [bias]) or residual_reason(x, weight, residual)
+    return _gemm.reason(x, [weight], [scale], [bias]) or residual_reason(x, weight, residual)
 
 
 def run_tensor_core(
     x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, residual: Tensor | None
 ) -> Tensor:
-    return _gemm.gemm(x, weight, scale, bias, residual)
+    return _gemm.gemm(x, [weight], [scale], [bias], residual)[0]
 
 
 def supports_cublas(

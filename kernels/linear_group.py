@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tinyfuse.kernels import _gemv, _native, linear
+from tinyfuse.kernels import _gemm, _gemv, _native, linear
 from tinyfuse.op import Kernel, register
 
 
@@ -85,6 +85,7 @@ OP = register(
     kernels=[
         Kernel("native", "cpu", supports_native, run_native),
         Kernel("gemv", "cuda", supports_gemv, linear.few_rows),
+        Kernel("tensor_core", "cuda", _gemm.reason, _gemm.gemm),
         Kernel("each", "cuda", supports_each, run_each),
     ],
 )

@@ -8,7 +8,7 @@ Every op file in ``tinyfuse.kernels`` calls :func:`register` once. The op is the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,7 +45,7 @@ class Op:
     fake: Callable[..., Any]
     kernels: Sequence[Kernel]
     broken: dict[str, str] = field(default_factory=dict)
-    chosen: dict[tuple, Kernel | None] = field(default_factory=dict)
+    chosen: dict[Hashable, Kernel | None] = field(default_factory=dict)
 
     def choose(self, *args: Any) -> tuple[Kernel | None, str | None]:
         """The first kernel that supports ``args``, else ``None`` and why the reference runs."""
@@ -76,8 +76,11 @@ class Op:
             return self.reference(*args)
 
     def __call__(self, *args: Any) -> Any:
-        """Run the op on the kernel for its arguments; the choice is remembered by their metadata."""
-        key = _metadata(args)
+        """Run the op on the kernel for its arguments."""
+        return self.dispatch(metadata(args), args)
+
+    def dispatch(self, key: Hashable, args: Sequence[Any]) -> Any:
+        """Run the op; the choice of the kernel is remembered by ``key``, which stands for the metadata of ``args``."""
         if key not in self.chosen:
             if len(self.chosen) >= MOST_CHOICES:
                 self.chosen.clear()
@@ -88,11 +91,12 @@ class Op:
         return self.reference(*args) if kernel is None else self.run(kernel, *args)
 
 
-def _metadata(args: Sequence[Any]) -> tuple:
+def metadata(args: Sequence[Any]) -> tuple:
+    """What :meth:`Op.choose` may look at."""
     return tuple(
         (a.dtype, a.shape, a.stride(), a.device)
         if isinstance(a, torch.Tensor)
-        else _metadata(a)
+        else metadata(a)
         if isinstance(a, list)
         else a
         for a in args

@@ -104,8 +104,22 @@ def test_gated(act, int8):
 def test_tensor_core(config):
     torch.manual_seed(0)
     x = rows(1, 19)
-    args = [x, *weights(21, torch.int8), torch.randn(21).bfloat16(), torch.randn(1, 19, 21).bfloat16()]
-    assert_as_exact_as_eager("linear", _gemm.gemm(*args, config), eager(*args), exact(*args))
+    w, scale, bias, residual = *weights(21, torch.int8), torch.randn(21).bfloat16(), torch.randn(1, 19, 21).bfloat16()
+    (out,) = _gemm.gemm(x, [w], [scale], [bias], residual, config)
+    assert_as_exact_as_eager("linear", out, *(f(x, w, scale, bias, residual) for f in (eager, exact)))
+
+
+@pytest.mark.parametrize("sizes", [(9, 40), (33, 5, 17)])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_tensor_core_group_writes_each_output(sizes, parts):
+    torch.manual_seed(0)
+    x = rows(2, 9)
+    pairs = [weights(N, torch.int8) for N in sizes]
+    biases = [torch.randn(N).bfloat16() for N in sizes]
+    outs = _gemm.gemm(x, [w for w, _ in pairs], [s for _, s in pairs], biases, None, (3, 16, 16, 64, 2, 4, parts))
+    for out, (w, scale), bias in zip(outs, pairs, biases, strict=True):
+        assert out.shape == (2, 9, len(w)) and out.is_contiguous()
+        assert_as_exact_as_eager("linear_group", out, eager(x, w, scale, bias), exact(x, w, scale, bias))
 
 
 def test_dequantize_is_the_reference():
@@ -121,7 +135,7 @@ def test_not_finite_stays_so():
     (out,) = _gemv.gemv(x, [w], [scale], [None])
     assert not out.isfinite().any()
     assert not linear.run_gemv(x[:1], w, scale, None, None).isfinite().any()
-    assert not _gemm.gemm(x, w, scale, None, None, (2, 16, 16, 64, 2, 4, 1)).isfinite().any()
+    assert not _gemm.gemm(x, [w], [scale], [None], None, (2, 16, 16, 64, 2, 4, 1))[0].isfinite().any()
 
 
 def test_views_of_a_merged_weight_and_strided_rows():

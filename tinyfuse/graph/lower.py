@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from tinyfuse.graph.nodes import is_static, value, writes
 from tinyfuse.graph.rewrite import op_of, run_fake
 from tinyfuse.graph.segments import make_segments
-from tinyfuse.op import Op
+from tinyfuse.op import Op, metadata
 
 AT_RUN_TIME = "at run time"
 
@@ -59,16 +59,37 @@ def _replayable(node: Node, choice: Choice) -> bool:
 
 
 def _static_inputs(node: Node) -> bool:
-    return all(is_static(v) for v in map(value, node.all_input_nodes) if isinstance(v, torch.Tensor))
+    return _is_fixed(node.args)
+
+
+def _is_fixed(arg: Any) -> bool:
+    """Whether an argument holds static shapes and no symbolic number."""
+    values = [v for item in tree_leaves(arg) if isinstance(item, Node) for v in tree_leaves(value(item))]
+    return all(is_static(v) if isinstance(v, torch.Tensor) else not isinstance(v, torch.SymInt) for v in values)
 
 
 def _bind(op: Op, node: Node) -> tuple[Choice, Callable[..., Any]]:
     if not _static_inputs(node):
-        return Choice(AT_RUN_TIME, None), _callable(op, op.__call__)
+        return Choice(AT_RUN_TIME, None), _callable(op, _at_run_time(op, node))
     kernel, reason = op.choose(*map_arg(node.args, value))
     if kernel is None:
         return Choice("reference", reason), _callable(op, op.reference)
     return Choice(kernel.name, None), _callable(op, partial(op.run, kernel))
+
+
+_sites: dict[tuple[Any, ...], object] = {}
+
+
+def _at_run_time(op: Op, node: Node) -> Callable[..., Any]:
+    """Chooses by the arguments that move with the prompt; the rest, weights above all, is looked at once."""
+    moving = [i for i, arg in enumerate(node.args) if not _is_fixed(arg)]
+    fixed = metadata(map_arg([None if i in moving else arg for i, arg in enumerate(node.args)], value))
+    site = _sites.setdefault((op.name, *moving, fixed), object())  # hashes faster than what it stands for
+
+    def call(*args: Any) -> Any:
+        return op.dispatch((site, metadata([args[i] for i in moving])), args)
+
+    return call
 
 
 def _callable(op: Op, function: Callable[..., Any]) -> Callable[..., Any]:
