@@ -42,7 +42,7 @@ def backend(
         fallback.record("backend", "gradients are needed, so the stock graph runs: call it under torch.no_grad()")
         return gm.forward
     try:
-        return compile_graph(gm)
+        return compile_graph(gm.graph)
     except fallback.FallbackError:
         raise
     except Exception as error:
@@ -73,15 +73,15 @@ def _hint_generate() -> None:
         frame = frame.f_back
 
 
-def compile_graph(gm: GraphModule) -> Callable[..., Any]:
-    """Rewrite a copy of ``gm``'s graph, put it into the current report and return what runs it."""
+def compile_graph(traced: Graph) -> Callable[..., Any]:
+    """Rewrite a copy of ``traced``, put it into the current report and return what runs it."""
     graph = Graph()
     copies: dict[Node, Node] = {}
-    graph.output(graph.graph_copy(gm.graph, copies))
+    graph.output(graph.graph_copy(traced, copies))
     normalize(graph)
     share_common(graph)
     outcome = rewrite(graph, all_patterns())
     batch_counters(graph)
     drop_dead(graph)
     run, choices = lower(graph)
-    return account(run, gm.graph, copies, outcome, choices)
+    return account(run, traced, copies, outcome, choices)

@@ -299,7 +299,7 @@ def report_of(model: torch.nn.Module) -> Report:
     runtime = vars(model).get("_tinyfuse")
     if runtime is None:
         raise ValueError(f"report_of: this {type(model).__name__} was not optimized; call tinyfuse.optimize(model)")
-    return Report(type(model).__name__, _device(model)).merge(runtime.compiled.report)
+    return Report(type(model).__name__, _device(model)).merge(runtime.report)
 
 
 def explain(model: torch.nn.Module, *args: Any, **kwargs: Any) -> Report:

@@ -126,14 +126,17 @@ def mark_dynamic(inputs: dict[str, Any]) -> tuple[bool, bool]:
         value = inputs.get(name)
         for tensor in value.values() if isinstance(value, dict) else (value,):
             if isinstance(tensor, Tensor) and tensor.ndim:
-                dims = _sequence_dims(name, tensor)
+                dims = sequence_dims(name, tensor)
                 torch._dynamo.maybe_mark_dynamic(tensor, dims)
                 if name in ("input_ids", "inputs_embeds"):
                     tokens, rows = tokens or bool(dims), rows or tensor.shape[0] > 1
     return tokens, rows
 
 
-def _sequence_dims(name: str, tensor: Tensor) -> list[int]:
+def sequence_dims(name: str, tensor: Tensor) -> list[int]:
+    """The dimensions of the input ``name`` that grow with the prompt or the cache and are longer than 1."""
+    if name not in SEQUENCE_INPUTS:
+        return []
     if name == "attention_mask":
         dims = (1,) if tensor.ndim == 2 else (tensor.ndim - 2, tensor.ndim - 1)
     else:

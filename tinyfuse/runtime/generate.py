@@ -182,7 +182,7 @@ class Decoder:
         except NotAdvanceable as reason:
             self._unfollowed(str(reason))
             return
-        step = Step(self.model, self.runtime.compiled, self.slot, inputs, self.runtime.streams)
+        step = Step(self.runtime, self.slot, inputs)
         if step.unbound:
             self.runtime.fall_back(f"no step is captured, each runs the compiled forward: {step.unbound}")
         self.step = self.slot.steps[self.kind] = step
@@ -300,6 +300,7 @@ def generate_tokens(
     limit = min(limits) - input_ids.shape[1]
     # Buffers outlive the call: under the caller's inference mode they could not be written to outside of it.
     with torch.inference_mode(False), torch.no_grad():
+        runtime.recordings.refresh()
         slot = runtime.pool.acquire(len(input_ids), prompt + limit)
         loop = Loop(runtime, slot, input_ids, logits_processor, stopping_criteria, generation_config, streamer, limit)
         with runtime.in_order(input_ids.device):
@@ -309,12 +310,20 @@ def generate_tokens(
                 slot.reset()
 
 
-def _prefill(model: torch.nn.Module, input_ids: Tensor, config: GenerationConfig, kwargs: dict[str, Any]) -> Any:
+def _prefill(runtime, input_ids: Tensor, config: GenerationConfig, kwargs: dict[str, Any]) -> Any:
+    model = runtime.model
     if config.prefill_chunk_size is not None:
         config.disable_compile = True  # it is compiled already
         return model._prefill(input_ids, config, kwargs)
     inputs = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **kwargs)
-    return model(**inputs, return_dict=True)
+    inputs["return_dict"] = True
+    if runtime.hooked():
+        return model(**inputs)
+    bound = runtime.recordings.bind(inputs, "prompt")
+    if isinstance(bound, str):
+        runtime.unrecorded(bound)
+        return model(**inputs)
+    return bound.result(bound.graph.run(*bound.graph.args))
 
 
 class Loop:
@@ -366,7 +375,7 @@ class Loop:
         """``kwargs`` of the model for a prompt of that many positions."""
         model, prepared = self.runtime.model, kwargs["past_key_values"]
         kwargs["past_key_values"] = self.slot.cache
-        outputs = _prefill(model, self.input_ids, self.config, kwargs)
+        outputs = _prefill(self.runtime, self.input_ids, self.config, kwargs)
         logits = outputs.logits[:, -1]
         outputs = type(outputs)(**{name: value for name, value in outputs.items() if name != "logits"})
         kwargs = model._update_model_kwargs_for_generation(outputs, kwargs)

@@ -46,6 +46,12 @@ class Runtime:
         return CompiledForward(self.stock("forward"), self.report)
 
     @cached_property
+    def recordings(self):
+        from tinyfuse.runtime.recorded import Recordings
+
+        return Recordings(self.model, self.stock("forward"), self.report)
+
+    @cached_property
     def report(self) -> Report:
         """What was compiled since :func:`tinyfuse.optimize`, in all graphs."""
         device = next((str(p.device) for p in self.model.parameters()), "")
@@ -67,7 +73,7 @@ class Runtime:
         """Drop graphs and caches; the next use makes them anew."""
         if "streams" in self.__dict__:
             self.streams.release()
-        for name in ("compiled", "report", "pool", "last"):
+        for name in ("compiled", "recordings", "report", "pool", "last"):
             self.__dict__.pop(name, None)
 
     def fall_back(self, reason: str, asked: bool = False) -> None:
@@ -77,6 +83,10 @@ class Runtime:
         if self.mode == "error":
             raise fallback.FallbackError(f"generate: {reason}")
         (fallback.note if asked else fallback.record)("generate", reason)
+
+    def unrecorded(self, reason: str) -> None:
+        """Note why Dynamo traces a call of the decode loop: only its first call is slower for it."""
+        fallback.note("generate", f"traced by Dynamo: {reason}")
 
     def hooked(self) -> str | None:
         """A replayed step does not pass through ``model.__call__``."""

@@ -8,6 +8,7 @@ graph to replay, elsewhere one call of the compiled graph.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
@@ -165,22 +166,31 @@ class Greedy:
 
 
 class Step:
-    """A decode step bound to the memory of ``slot`` and ``inputs``, for ``forward``, the compiled forward."""
+    """A decode step bound to the memory of ``slot`` and ``inputs``: a graph of the model's forward on them."""
 
-    def __init__(
-        self, model: nn.Module, forward: Callable[..., Any], slot: Slot, inputs: Inputs, streams: CaptureStreams
-    ):
-        self.forward, self.slot, self.inputs, self.streams = forward, slot, inputs, streams
+    def __init__(self, runtime, slot: Slot, inputs: Inputs):
+        self.runtime, self.slot, self.inputs = runtime, slot, inputs
         self.greedy: dict[tuple[int, int], Greedy] = {}
         self.runners: dict[str, Callable[[], Tensor]] = {}
         self.call: GraphCall | None = None
-        self.unbound = self._bind(model)
+        self.version: int | None = None  # of the recordings, if the graph is one
+        self.unbound: str | None = None
+        bound = runtime.recordings.bind(self._arguments(), "token")
+        if isinstance(bound, str):
+            runtime.unrecorded(bound)
+            self.unbound = self._bind(runtime.model)
+        else:
+            self.call, self.version = bound.graph, runtime.recordings.version
+            self.index = bound.result(itertools.count()).logits
+
+    def _arguments(self) -> dict[str, Any]:
+        return {**self.inputs.arguments, "return_dict": True}
 
     def _forward(self) -> Any:
-        return self.forward(**self.inputs.arguments, return_dict=True)
+        return self.runtime.compiled(**self._arguments())
 
     def _bind(self, model: nn.Module) -> str | None:
-        """Find the one graph call that the forward amounts to; the reason if it amounts to more."""
+        """Find the one graph call that the forward amounts to under Dynamo; the reason if it amounts to more."""
         counters = self.slot.counters()
         held = torch.stack(counters)
         before = python_state(model, self.slot)
@@ -202,7 +212,9 @@ class Step:
         return None
 
     def refresh(self) -> bool:
-        """Check Dynamo's guards once more, for a model may have changed since; whether the step is still valid."""
+        """Whether the step is still valid, for the model may have changed since."""
+        if self.version is not None:
+            return self.version == self.runtime.recordings.version
         if self.call is None:
             return True
         counters = self.slot.counters()
@@ -235,7 +247,7 @@ class Step:
             if self.inputs.token.device.type == "cuda" and self.call is not None:
                 state = [*self.slot.counters(), *self.inputs.buffers.values(), self.inputs.row]
                 state += greedy.state if greedy is not None else []
-                self.runners[name] = Captured(run, state, self.streams.on(state[0].device))
+                self.runners[name] = Captured(run, state, self.runtime.streams.on(state[0].device))
         return self.runners[name]
 
 

@@ -1,0 +1,271 @@
+"""The graphs of the decode loop: one model's forward, recorded for the kinds of calls that the loop makes."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+from transformers.cache_utils import StaticCache, StaticLayer
+from transformers.utils import ModelOutput
+
+from tinyfuse.fallback import FallbackError
+from tinyfuse.graph.record import Declined, Given, Recording, record
+from tinyfuse.report import Report, collect
+from tinyfuse.runtime.forward import GraphCall, sequence_dims
+
+MOST = 4  # recordings of one kind, which differ in what the code decided by sizes
+CACHE = "past_key_values"
+STATE = ("keys", "values", "cumulative_length")
+PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
+WATCHED = ("_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks")
+
+
+class Watch:
+    """A model's Python state: modules, memory of weights, attributes, hooks, code, configuration."""
+
+    def __init__(self, model: nn.Module):
+        self.modules = list(model.modules())
+        self.tensors = [*model.parameters(), *model.buffers()]
+        self.kinds = {type(module) for module in self.modules}
+        attributes = [vars(owner) for owner in (*self.modules, *_configs(self.modules))]
+        held = [value for owner in attributes for name, value in owner.items() if _is_watched(name, value)]
+        self.containers = [(container, copy.copy(container)) for container in (*attributes, *held)]
+        self.memory, self.code = self._memory(), self._code()
+
+    def _memory(self) -> list[Any]:
+        return [(t.data_ptr(), t.dtype) for t in self.tensors]
+
+    def _code(self) -> list[Any]:
+        return [part for kind in self.kinds for part in _code_of(kind.forward)]
+
+    def changed(self) -> bool:
+        try:
+            changed = any(now != then for now, then in self.containers)
+        except RuntimeError:  # tensors were compared, so one stands where another one stood
+            return True
+        return changed or self._memory() != self.memory or self._code() != self.code
+
+    def restore(self) -> None:
+        """Put back attributes."""
+        for now, then in self.containers:
+            now.clear()
+            now.extend(then) if isinstance(now, list) else now.update(then)
+
+
+def _is_watched(name: str, value: Any) -> bool:
+    """nn.Module's own containers that do not bear on its forward are left out: there are many."""
+    return isinstance(value, (dict, list, set)) and (name in WATCHED or name not in vars(nn.Module()))
+
+
+def _configs(modules: list[nn.Module]) -> Iterator[PretrainedConfig]:
+    """Every configuration that a module holds, and their parts."""
+    found: dict[int, PretrainedConfig] = {}
+    left = [value for module in modules for value in vars(module).values() if isinstance(value, PretrainedConfig)]
+    while left:
+        config = left.pop()
+        if id(config) not in found:
+            found[id(config)] = config
+            left += [value for value in vars(config).values() if isinstance(value, PretrainedConfig)]
+    return iter(found.values())
+
+
+def _code_of(function: Callable[..., Any]) -> list[Any]:
+    """A function and what it finds under global names: other code if one is replaced."""
+    inner = inspect.unwrap(function)
+    if not hasattr(inner, "__code__"):
+        return [inner]
+    return [inner, inner.__code__, *(id(inner.__globals__.get(name)) for name in inner.__code__.co_names)]
+
+
+@dataclass
+class Compiled:
+    recording: Recording
+    run: Callable[..., Any]
+    kind: type[ModelOutput]
+
+
+@dataclass
+class Bound:
+    """One call: ``graph`` runs it, ``result`` makes the forward's return value from what the graph returns."""
+
+    graph: GraphCall
+    result: Callable[[Any], ModelOutput]
+
+
+class Recordings:
+    """Calls of ``forward`` as recorded graphs, one for all lengths of prompts and caches.
+
+    ``version`` moves on when a change of the model has made all graphs invalid.
+    """
+
+    def __init__(self, model: nn.Module, forward: Callable[..., ModelOutput], report: Report):
+        self.model, self.forward, self.report = model, forward, report
+        self.watch: Watch | None = None
+        self.compiled: dict[Any, list[Compiled]] = {}
+        self.declined: dict[Any, str] = {}
+        self.version = 0
+
+    def refresh(self) -> None:
+        """Look whether the model has changed; to be called before each use of the graphs in a row."""
+        if self.watch is not None and not self.watch.changed():
+            return
+        self.watch = Watch(self.model)
+        self.compiled.clear()
+        self.declined.clear()
+        self.version += 1
+
+    def bind(self, arguments: dict[str, Any], stage: str) -> Bound | str:
+        """The graph of ``forward(**arguments)``, or why there is none. Calls of one ``stage`` share graphs."""
+        try:
+            given, rest = _split(arguments)
+        except Declined as reason:
+            return str(reason)
+        kind = (stage, torch.is_autocast_enabled("cuda"), torch.is_autocast_enabled("cpu"), *_kind(given), *rest)
+        if kind in self.declined:
+            return self.declined[kind]
+        tensors = {name: item.tensor for name, item in given.items()}
+        known = self.compiled.setdefault(kind, [])
+        found = next((c for c in known if c.recording.holds(tensors)), None)
+        if found is None:
+            try:
+                found = self._record(arguments, given, len(known))
+            except FallbackError:
+                raise
+            except Exception as error:
+                name = "" if isinstance(error, Declined) else f"{type(error).__name__}: "
+                self.declined[kind] = f"{name}{error}"
+                return self.declined[kind]
+            known.append(found)
+        return _bound(found, arguments, tensors)
+
+    def _record(self, arguments: dict[str, Any], given: dict[str, Given], known: int) -> Compiled:
+        from tinyfuse.backend import compile_graph  # every pattern and kernel; not on the way of `import tinyfuse`
+
+        if known >= MOST:
+            raise Declined(f"the sizes of its inputs lead the model's code more than {MOST} ways")
+        if any(module._forward_hooks or module._forward_pre_hooks for module in self.model.modules()):
+            raise Declined("a module has forward hooks")
+        if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
+            raise Declined("autocast is on")
+        kinds: list[type[ModelOutput]] = []
+
+        def call(fakes: dict[str, Tensor]) -> dict[str, Any]:
+            mirror = _mirror(arguments, fakes)
+            before = _layer_state(mirror)
+            outputs = self.forward(**mirror)
+            if _layer_state(mirror) != before:
+                raise Declined("the cache changes otherwise than in place")
+            if not isinstance(outputs, ModelOutput):
+                raise Declined(f"the forward returns a {type(outputs).__name__}")
+            kinds.append(type(outputs))
+            return {name: _leaf(value, mirror.get(CACHE)) for name, value in outputs.items()}
+
+        watch = Watch(self.model)
+        try:
+            recording = record(call, given, {id(module): path for path, module in self.model.named_modules()})
+        finally:
+            if changed := watch.changed():
+                watch.restore()
+        if changed:
+            raise Declined("the forward changes the model's attributes")
+        with collect(self.report):
+            return Compiled(recording, compile_graph(recording.graph), kinds[0])
+
+
+class _Cache:
+    """Stands for the cache among a forward's outputs."""
+
+
+def _leaf(value: Any, cache: Any) -> Any:
+    if isinstance(value, (tuple, list)):
+        return type(value)([_leaf(item, cache) for item in value])
+    if isinstance(value, (Tensor, *PLAIN)):
+        return value
+    if value is not cache:
+        raise Declined(f"the forward returns a {type(value).__name__}")
+    return _Cache
+
+
+def _bound(found: Compiled, arguments: dict[str, Any], tensors: dict[str, Tensor]) -> Bound:
+    sizes = [tensors[name].shape[dim] for name, dim in found.recording.symbols]
+    args = (*sizes, *tensors.values(), *found.recording.constants)
+    cache = arguments.get(CACHE)
+
+    def result(outputs: Any) -> ModelOutput:
+        fields = found.recording.rebuild(outputs)
+        return found.kind(**{name: cache if value is _Cache else value for name, value in fields.items()})
+
+    return Bound(GraphCall(found.run, args), result)
+
+
+def _split(arguments: dict[str, Any]) -> tuple[dict[str, Given], list[Any]]:
+    """The tensors of a call by name, those of dictionaries and of the cache too, and what else it is given."""
+    given: dict[str, Given] = {}
+    rest: list[Any] = []
+    for name, value in arguments.items():
+        if name == CACHE and type(value) is StaticCache:
+            given |= _cache_tensors(value)
+            continue
+        for key, item in value.items() if type(value) is dict else [("", value)]:
+            if isinstance(item, Tensor):
+                given[f"{name}.{key}"] = Given(item.contiguous(), sequence_dims(name, item))
+            elif isinstance(item, PLAIN):
+                rest.append((name, key, item))
+            else:
+                raise Declined(f"the argument {name} is a {type(item).__name__}")
+    return given, rest
+
+
+def _cache_tensors(cache: StaticCache) -> dict[str, Given]:
+    given = {}
+    for index, layer in enumerate(cache.layers):
+        if isinstance(layer, StaticLayer):
+            for name in STATE:
+                tensor = getattr(layer, name)
+                given[f"{CACHE}.{index}.{name}"] = Given(tensor, (2,) if tensor.dim() == 4 else ())
+    return given
+
+
+def _kind(given: dict[str, Given]) -> tuple[Any, ...]:
+    """What calls that may share a recording have in common; the layers of a model's caches are all alike."""
+    seen = [(name, item) for name, item in given.items() if not name.startswith(CACHE) or name.endswith(".0.keys")]
+    return tuple([(name, item.tensor.dtype, item.tensor.device, *_fixed_sizes(item)) for name, item in seen])
+
+
+def _fixed_sizes(item: Given) -> list[int]:
+    return [-1 if dim in item.dynamic else size for dim, size in enumerate(item.tensor.shape)]
+
+
+def _mirror(arguments: dict[str, Any], fakes: dict[str, Tensor]) -> dict[str, Any]:
+    """``arguments`` on the fake tensors."""
+    mirror = {}
+    for name, value in arguments.items():
+        if name == CACHE and type(value) is StaticCache:
+            mirror[name] = _mirror_cache(value, fakes)
+        elif type(value) is dict:
+            mirror[name] = {key: fakes.get(f"{name}.{key}", item) for key, item in value.items()}
+        else:
+            mirror[name] = fakes.get(f"{name}.", value)
+    return mirror
+
+
+def _mirror_cache(cache: StaticCache, fakes: dict[str, Tensor]) -> StaticCache:
+    mirror = copy.copy(cache)
+    mirror.layers = [copy.copy(layer) for layer in cache.layers]
+    for index, layer in enumerate(mirror.layers):
+        if isinstance(layer, StaticLayer):
+            for name in STATE:
+                setattr(layer, name, fakes[f"{CACHE}.{index}.{name}"])
+            layer.max_cache_len = layer.keys.shape[2]
+    return mirror
+
+
+def _layer_state(arguments: dict[str, Any]) -> list[Any]:
+    cache = arguments.get(CACHE)
+    return [(name, id(value)) for layer in getattr(cache, "layers", ()) for name, value in vars(layer).items()]
