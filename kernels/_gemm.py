@@ -223,6 +223,7 @@ def _processors(device: torch.device) -> tuple[int, int]:
     return properties.multi_processor_count, properties.shared_memory_per_multiprocessor
 
 
+@lru_cache(4096)
 def tile(m: int, n: int, device: torch.device) -> Config:
     """Tiles as measured on an H200; all programs at once, each with the stages that then fit, measured faster than
     any fixed number of stages."""

@@ -50,6 +50,7 @@ class Launch:
         self.scalars = scalars
         self.options = {"num_warps": num_warps, "launch_pdl": True} if ahead else {"num_warps": num_warps}
         self.compiled: Any = None
+        self.device = 0
 
     def __call__(self, *tensors: torch.Tensor | None) -> None:
         for x in tensors:
@@ -59,5 +60,6 @@ class Launch:
         if self.compiled is None:
             compiled = self.kernel[self.grid](*tensors, *self.scalars, **self.options)
             self.compiled = compiled and compiled[self.grid]  # the interpreter compiles nothing
+            self.device = tensors[0].device.index
         else:
-            self.compiled(*tensors, *self.scalars)
+            self.compiled(*tensors, *self.scalars, stream=torch._C._cuda_getCurrentRawStream(self.device))

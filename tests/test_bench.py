@@ -162,23 +162,12 @@ ROW = {
 }
 
 
+SMALL = ["--preset", "tiny", "--device", "cpu", "--dtype", "float32", "--prompt", "6", "--gen", "3", "--repeats", "2"]
+
+
 def test_bench_writes_every_column(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     file = tmp_path / "out.json"
-    small = [
-        "--preset",
-        "tiny",
-        "--device",
-        "cpu",
-        "--dtype",
-        "float32",
-        "--prompt",
-        "6",
-        "--gen",
-        "3",
-        "--repeats",
-        "2",
-    ]
-    assert cli.main(["bench", *small, "--batch", "2", "--variants", "stock-eager", "--json", str(file)]) == 0
+    assert cli.main(["bench", *SMALL, "--batch", "2", "--variants", "stock-eager", "--json", str(file)]) == 0
     result = json.loads(file.read_text())
     assert result["environment"]["read_bandwidth_gb_s"] > 0
     (row,) = result["rows"]
@@ -188,6 +177,14 @@ def test_bench_writes_every_column(tmp_path: Path, capsys: pytest.CaptureFixture
     assert row["batch"] == 2 and row["same_text"] == 1 and row["top1"] == 1
     shown = capsys.readouterr().out
     assert "stock-eager" in shown and "decode" in shown
+
+
+def test_bench_says_what_was_fused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    file = tmp_path / "out.json"
+    assert cli.main(["bench", *SMALL, "--variants", "tinyfuse", "--json", str(file)]) == 0
+    (row,) = json.loads(file.read_text())["rows"]
+    assert row["fused"]["linear"]["found"] == row["fused"]["linear"]["fused"] > 0
+    assert "tinyfuse fused: linear" in capsys.readouterr().out
 
 
 def test_a_variant_that_fails_is_a_row_and_the_others_go_on(tmp_path: Path, monkeypatch, capsys) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -62,8 +63,8 @@ class Op:
     def run(self, kernel: Kernel, *args: Any) -> Any:
         """Run ``kernel``; one that cannot be built or launched is replaced by the reference from then on."""
         try:
-            if kernel.device == "cuda" and (device := next(_tensors(args)).device).index != torch.cuda.current_device():
-                with torch.cuda.device(device):  # Triton launches on the current device
+            if kernel.device == "cuda" and _several_gpus():
+                with torch.cuda.device(next(_tensors(args)).device):  # Triton launches on the current device
                     return kernel.run(*args)
             return kernel.run(*args)
         except torch.OutOfMemoryError:
@@ -89,6 +90,11 @@ class Op:
                 fallback.note(self.name, reason)
         kernel = self.chosen[key]
         return self.reference(*args) if kernel is None else self.run(kernel, *args)
+
+
+@cache
+def _several_gpus() -> bool:
+    return torch.cuda.device_count() > 1
 
 
 def metadata(args: Sequence[Any]) -> tuple:

@@ -1,0 +1,178 @@
+"""Recorded graphs: equal to the code they were recorded from, at every size, and given up where the model changes."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.fx import GraphModule
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests.models import FAMILIES, build, prompt
+from tests.test_generate import SIZE
+from tinyfuse.api import optimize
+from tinyfuse.graph.record import Declined, Given, record
+
+
+def replay(recording, given, module=None):
+    sizes = [given[name].shape[dim] for name, dim in recording.symbols]
+    run = GraphModule(nn.Module(), recording.graph)
+    return recording.rebuild(run(*sizes, *given.values(), *recording.constants))
+
+
+def mixed(x, mask, state):
+    """Operators from both sides, sizes as numbers, several results, a write to an input, views, a constant."""
+    length = x.shape[1]
+    state.add_(1)
+    low, high = (2 - x / 3).chunk(2, dim=-1)
+    y = torch.cat([high, low], -1) @ torch.full((4, length), 0.5)
+    y[:, 0] = -1
+    y += x.new_ones(1, length, 1) * (length // 2 - 3)
+    top, where = y.max(dim=-1, keepdim=True)
+    return {"y": torch.where(mask, top.expand(-1, -1, 2), 0.25).T.mT, "where": where, "state": state, "n": (1, None)}
+
+
+@pytest.mark.filterwarnings("ignore:The use of `x.T`")
+def test_a_recording_is_the_code_at_every_size():
+    def sample(length):
+        torch.manual_seed(length)
+        return {"x": torch.randn(2, length, 4), "mask": torch.rand(2, length, 1) < 0.5, "state": torch.zeros(3)}
+
+    first = sample(9)
+    kept = {name: tensor.clone() for name, tensor in first.items()}
+    given = {"x": Given(first["x"], (1,)), "mask": Given(first["mask"], (1,)), "state": Given(first["state"])}
+    recording = record(lambda fakes: mixed(**fakes), given, {})
+    assert all(torch.equal(first[name], kept[name]) for name in kept)
+    for length in (9, 5, 14):
+        given, same = sample(length), sample(length)
+        assert recording.holds(given)
+        made, expected = replay(recording, given), mixed(**same)
+        assert made["n"] == (1, None)
+        for name in ("y", "where", "state"):
+            assert torch.equal(made[name], expected[name])
+        assert torch.equal(given["state"], torch.ones(3))
+
+
+def test_a_size_that_decides_is_a_guard():
+    def call(fakes):
+        return fakes["x"] * 2 if fakes["x"].shape[0] > 6 else fakes["x"] - 1
+
+    recording = record(call, {"x": Given(torch.ones(5), (0,))}, {})
+    assert recording.holds({"x": torch.ones(6)}) and not recording.holds({"x": torch.ones(7)})
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda x: x * 2 if x.sum() > 0 else x,
+        lambda x: x * x.max().item(),
+        lambda x: x + torch.tensor(x.tolist()),
+        lambda x: x + float(x[0]),
+        lambda x: x[x.nonzero().numpy()],
+    ],
+)
+def test_a_value_that_decides_is_no_recording(look):
+    with pytest.raises(Declined, match="value of a tensor"):
+        record(lambda fakes: look(fakes["x"]), {"x": Given(torch.ones(3))}, {})
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in ("bloom", "mpt")])
+def test_families_are_recorded_once(name):
+    """One graph for prompts and one for tokens, whatever the lengths of prompts and caches."""
+    model = optimize(build(name)[0].eval())
+    stock = build(name)[0].eval()
+    for length, new in ((12, 5), (9, 4), (17, 270)):
+        inputs = prompt(length, batch=2, padding=3)
+        options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
+        if new < 100:
+            assert torch.equal(model.generate(**inputs, **options), stock.generate(**inputs, **options))
+        else:
+            model.generate(**inputs, **options | {"max_new_tokens": new, "max_time": 0.01, "min_new_tokens": None})
+    assert not model._tinyfuse.recordings.declined
+    assert len(model._tinyfuse.report.graphs) == 2
+
+
+def llama():
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SIZE | {"num_hidden_layers": 2, "initializer_range": 0.2})).eval()
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def replace_a_module(model):
+    model.model.layers[1].mlp = copy.deepcopy(model.model.layers[0].mlp)
+
+
+def replace_a_weight(model):
+    model.lm_head.weight = nn.Parameter(-model.lm_head.weight.detach())
+
+
+def move_a_weight(model):
+    model.lm_head.weight.data = -model.lm_head.weight.data
+
+
+def patch_a_function(model):
+    from transformers.models.llama import modeling_llama
+
+    stock = modeling_llama.apply_rotary_pos_emb
+    modeling_llama.apply_rotary_pos_emb = lambda q, k, cos, sin: stock(q, k, cos, -sin)
+    return lambda: setattr(modeling_llama, "apply_rotary_pos_emb", stock)
+
+
+def hook_a_module(model):
+    model.model.layers[0].register_forward_hook(lambda module, args, out: out * 2)
+
+
+def set_an_attribute(model):
+    for layer in model.model.layers:
+        layer.self_attn.scaling = 1.0
+
+
+def set_the_configuration(model):
+    model.config._attn_implementation = "eager"
+
+
+CHANGES = [
+    replace_a_module, replace_a_weight, move_a_weight, patch_a_function, hook_a_module, set_an_attribute,
+    set_the_configuration,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_model_is_recorded_anew(change):
+    inputs = {"input_ids": torch.tensor([[5, 17, 33, 2, 8, 61]]), "max_new_tokens": 8, "do_sample": False}
+    inputs |= {"return_dict_in_generate": True, "output_logits": True}
+    model, stock = optimize(llama()), llama()
+    before = model.generate(**inputs).logits
+    undo = change(model)
+    change(stock) if undo is None else None
+    try:
+        after, expected = model.generate(**inputs).logits, stock.generate(**inputs).logits
+    finally:
+        undo() if undo else None
+    assert torch.allclose(torch.stack(after), torch.stack(expected), atol=1e-4)
+    if change is not set_the_configuration:
+        assert not torch.allclose(torch.stack(after), torch.stack(before), atol=1e-2)
+    assert change is hook_a_module or model._tinyfuse.recordings.version == 2
+
+
+def test_a_model_that_writes_its_attributes_is_left_to_dynamo():
+    model = llama()
+
+    class Counting(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner, self.calls, self.last = inner, 0, None
+
+        def forward(self, x):
+            self.calls, self.last = self.calls + 1, x
+            return self.inner(x)
+
+    model.model.layers[0].mlp = Counting(model.model.layers[0].mlp)
+    stock = copy.deepcopy(model)
+    ids = torch.tensor([[5, 17, 33, 2, 8, 61]])
+    optimize(model)
+    made = model.generate(ids, max_new_tokens=4, do_sample=False)
+    assert torch.equal(made, stock.generate(ids, max_new_tokens=4, do_sample=False))
+    assert set(model._tinyfuse.recordings.declined.values()) == {"the forward changes the model's attributes"}
+    assert type(model.model.layers[0].mlp.last) is torch.Tensor
