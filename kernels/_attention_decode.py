@@ -4,6 +4,8 @@ Split s of S takes key blocks s, s + S, s + 2S, ... so that the written part of 
 over all splits whatever its length, and the grid depends on the cache alone. For a bool mask a split first
 narrows its blocks to those that hold a True, then loads only the keys and values of positions that some
 row attends: the unwritten part of a cache costs one byte per position. Scores are in units of log2 e.
+The splits of a row are merged by the program of the row that finishes last, or, where that is much for one
+program, by a second kernel; both add in the order of the splits, so that the result does not depend on which.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ MASK_NONE, MASK_BOOL, MASK_FLOAT = 0, 1, 2
 MAX_ROWS = 16
 MAX_SPLITS = 64
 LONG_CACHE = 16384  # from here on, larger blocks are faster
+MERGED = 16384  # numbers (splits x rows x head_dim) that one program of _decode merges; chosen before measurement
 
 
 class Plan(NamedTuple):
@@ -85,13 +88,57 @@ def _block_mask(
 
 
 @jit
+def _merge(out, partial, stats, row, row_ok, splits, DV: tl.constexpr, BLOCK_DV: tl.constexpr, WIDTH: tl.constexpr):
+    """Store rows ``row`` of ``out``. ``WIDTH``: at least ``splits``.
+
+    One sum per element and explicit fma: the bits depend on no layout. Other programs of the same launch may
+    have written what is read here, and L1 is not coherent."""
+    slot = row * splits
+    s = tl.arange(0, WIDTH)
+    e = tl.arange(0, BLOCK_DV)
+    inside = row_ok[:, None] & (s < splits)[None, :]
+    tops = tl.load(stats + (slot[:, None] + s) * 2, mask=inside, other=float("-inf"), cache_modifier=".cg")
+    best = tl.max(tops, 1)
+    best = tl.where(best == float("-inf"), 0.0, best)
+    total = tl.zeros([row.shape[0]], tl.float32)
+    acc = tl.zeros([row.shape[0], BLOCK_DV], tl.float32)
+    for i in tl.static_range(WIDTH):
+        ok = row_ok & (splits > i)
+        top = tl.load(stats + (slot + i) * 2, mask=ok, other=float("-inf"), cache_modifier=".cg")
+        part = tl.load(stats + (slot + i) * 2 + 1, mask=ok, other=0.0, cache_modifier=".cg")
+        weight = tl.exp2(top - best)
+        # A split without a key left its part of `partial` unwritten; its weight is 0.
+        read = (weight > 0.0)[:, None] & (e < DV)[None, :]
+        value = tl.load(partial + (slot + i)[:, None] * DV + e, mask=read, other=0.0, cache_modifier=".cg")
+        total = tl.fma(part, weight, total)
+        acc = tl.fma(value, weight[:, None], acc)
+    result = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    tl.store(out + row[:, None] * DV + e[None, :], result, mask=row_ok[:, None] & (e < DV)[None, :])
+
+
+@jit
+def _merge_if_last(
+    out, partial, stats, counter, b, kv_head, first_row, H, Sq, splits, GROUP: tl.constexpr,
+    DV: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """``ROWS`` from ``first_row`` on, in the last of the ``splits`` programs that add to ``counter``."""
+    tl.debug_barrier()  # one thread adds, for the stores of all
+    if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") % splits == splits - 1:
+        r = first_row + tl.arange(0, ROWS)
+        row = (b * Sq + r % Sq) * H + kv_head * GROUP + r // Sq
+        _merge(out, partial, stats, row, r < GROUP * Sq, splits, DV, BLOCK_DV, WIDTH)
+
+
+@jit
 def _decode(
-    q, k, v, mask, out, partial, stats, scale, H, Sq, Skv, splits,
+    q, k, v, mask, out, partial, stats, counters, scale, H, Sq, Skv, splits,
     q_b, q_h, q_m, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, mask_h, mask_m, mask_n,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     ROW_BLOCKS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, SCAN: tl.constexpr, STAGES: tl.constexpr,
-    KIND: tl.constexpr, BY_ROW: tl.constexpr, CAUSAL: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr,
+    KIND: tl.constexpr, BY_ROW: tl.constexpr, CAUSAL: tl.constexpr, SPLIT: tl.constexpr,
+    MERGE_ROWS: tl.constexpr, MERGE_WIDTH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """``MERGE_ROWS``: the power of two that holds the rows of a program, or 0 to leave them to ``_combine``."""
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -156,6 +203,11 @@ def _decode(
         tl.store(stats + slot * 2 + 1, total, mask=rows_ok)
         if lo < hi:
             tl.store(partial + slot[:, None] * DV + e[None, :], acc, mask=rows_ok[:, None] & (e < DV)[None, :])
+        if MERGE_ROWS:
+            _merge_if_last(
+                out, partial, stats, counters + tl.program_id(2) * tl.num_programs(1) + tl.program_id(1),
+                b, kv_head, first_row, H, Sq, splits, GROUP, DV, BLOCK_DV, MERGE_ROWS, MERGE_WIDTH,
+            )  # fmt: skip
     else:
         result = acc / tl.where(total == 0.0, 1.0, total)[:, None]
         tl.store(out + out_row[:, None] * DV + e[None, :], result, mask=rows_ok[:, None] & (e < DV)[None, :])
@@ -168,19 +220,8 @@ def _combine(
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    row = tl.program_id(0).to(tl.int64)
-    s = tl.arange(0, WIDTH)
-    e = tl.arange(0, BLOCK_DV)
-    slot = row * splits + s
-    top = tl.load(stats + slot * 2, mask=s < splits, other=float("-inf"))
-    total = tl.load(stats + slot * 2 + 1, mask=s < splits, other=0.0)
-    best = tl.max(top, 0)
-    weight = tl.exp2(top - tl.where(best == float("-inf"), 0.0, best))
-    # A split without a key left its part of `partial` unwritten; its weight is 0.
-    read = (weight > 0.0)[:, None] & (e < DV)[None, :]
-    acc = tl.load(partial + slot[:, None] * DV + e[None, :], mask=read, other=0.0)
-    total = tl.sum(total * weight, 0)
-    tl.store(out + row * DV + e, tl.sum(acc * weight[:, None], 0) / tl.where(total == 0.0, 1.0, total), mask=e < DV)
+    row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    _merge(out, partial, stats, row, row >= 0, splits, DV, BLOCK_DV, WIDTH)
 
 
 @cache
@@ -214,6 +255,25 @@ def mask_kind(mask: Tensor | None) -> int:
     return MASK_NONE if mask is None else MASK_BOOL if mask.dtype == torch.bool else MASK_FLOAT
 
 
+# (device, stream, splits) to counters of finished programs, of which the last made are in use: an older tensor
+# may be in a captured graph. They are never reset, so a multiple of `splits` stands in each between launches, and a
+# launch that counts to another number must not share them; nor must launches that run at the same time, such as
+# a graph replayed beside calls on the stream it was captured on. An int32 would wrap within hours.
+_counters: dict[tuple[torch.device, int, int], list[Tensor]] = {}
+
+
+def counters(device: torch.device, splits: int, count: int) -> Tensor | None:
+    """At least ``count`` counters, or None where a capture would make them part of its graph."""
+    on_gpu = device.type == "cuda"
+    stream = torch.cuda.current_stream(device).cuda_stream if on_gpu else 0
+    made = _counters.setdefault((device, stream, splits), [])
+    if not made or made[-1].numel() < count:
+        if on_gpu and torch.cuda.is_current_stream_capturing():
+            return None
+        made.append(torch.zeros(triton.next_power_of_2(max(256, count)), dtype=torch.int64, device=device))
+    return made[-1]
+
+
 def decode(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool, chosen: Plan | None = None
 ) -> Tensor:
@@ -236,14 +296,19 @@ def decode(
     ahead = pdl(q.device)
     options = {"num_warps": p.warps, "launch_pdl": True} if ahead else {"num_warps": p.warps}
     row_blocks = triton.cdiv(group * Sq, p.block_r)
+    merge_rows = triton.next_power_of_2(min(p.block_r, group * Sq))
+    width = triton.next_power_of_2(p.splits)
+    counted = None
+    if split and p.splits * merge_rows * DV <= MERGED:
+        counted = counters(q.device, p.splits, kv_heads * B * row_blocks)
+    merge = (0, 0) if counted is None else (merge_rows, width)
     _decode[(p.splits, kv_heads, B * row_blocks)](
-        q, k, v, mask, out, partial, stats, scale * 1.4426950408889634, H, Sq, Skv, p.splits,
+        q, k, v, mask, out, partial, stats, counted, scale * 1.4426950408889634, H, Sq, Skv, p.splits,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *strides,
         group, D, DV, block_d, block_dv, row_blocks, p.block_r, p.block_n, scan, p.stages,
-        kind, by_row, is_causal, split, ahead, **options,
+        kind, by_row, is_causal, split, *merge, ahead, **options,
     )  # fmt: skip
-    if split:
-        width = triton.next_power_of_2(p.splits)
+    if split and counted is None:
         options["num_warps"] = 2 if width * block_dv <= 8192 else 4  # 8 cost 2 µs
         _combine[(rows,)](out, partial, stats, p.splits, DV, block_dv, width, ahead, **options)
     return out.transpose(1, 2)

@@ -9,6 +9,7 @@ exact int32 sums. Two digits carry 16 bits of the row's largest magnitude.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache, lru_cache
 from typing import Any
 
@@ -33,6 +34,12 @@ def _split(x, out, scale, stride, rows, K, DIGITS: tl.constexpr, BLOCK: tl.const
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     value = tl.load(x + row * stride + k, mask=k < K, other=0.0).to(tl.float32)
+    store_digits(value, out, scale, row, k, rows, K, DIGITS)
+
+
+@jit
+def store_digits(value, out, scale, row, k, rows, K, DIGITS: tl.constexpr):
+    """The digits of a row, ``value`` [BLOCK] in fp32 and 0 beyond K, and its scale."""
     # The bits of |x| order as integers do, with infinities and NaN on top: a row that holds one becomes NaN.
     largest = tl.max(tl.abs(value).to(tl.int32, bitcast=True), 0)
     bad = largest >= 0x7F800000
@@ -156,6 +163,9 @@ def split(x: Tensor, count: int, padded: int) -> tuple[Tensor, Tensor]:
     return digits, scale
 
 
+Split = Callable[[Tensor, int, int], tuple[Tensor, Tensor]]
+
+
 @lru_cache(4096)
 def _bind(
     m: int, k: int, sizes: tuple[int, ...], strides: tuple[int, ...], residual_stride: int, config: Config,
@@ -190,9 +200,10 @@ def reason(x: Tensor, weights: list[Tensor], scales: list[Tensor | None], biases
 
 def gemm(
     x: Tensor, weights: list[Tensor], scales: list[Tensor], biases: list[Tensor | None],
-    residual: Tensor | None = None, config: Config | None = None,
+    residual: Tensor | None = None, config: Config | None = None, digits: Split = split,
 ) -> list[Tensor]:  # fmt: skip
-    """x [..., K], 1 to 3 int8 weights as :func:`_gemv.reason` has them; one output [..., N_i] each."""
+    """x [..., K], 1 to 3 int8 weights as :func:`_gemv.reason` has them; one output [..., N_i] each. ``digits`` splits
+    x, or what it makes of x."""
     lead, x = x.shape[:-1], rows(x)
     m, k = x.shape
     sizes = tuple([w.shape[0] for w in weights])
@@ -205,10 +216,10 @@ def gemm(
         m, k, sizes, tuple([w.stride(0) for w in weights]), 0 if residual is None else residual.stride(0), config,
         pdl(x.device), x.dtype, x.device, biases[0] is None or biases[0].dtype, residual is None or residual.dtype,
     )  # fmt: skip
-    digits, x_scale = split(x, config[0], triton.cdiv(m, config[1]) * config[1])
+    operand, x_scale = digits(x, config[0], triton.cdiv(m, config[1]) * config[1])
     sums = None if combine is None else x.new_empty((config[6] * m * sum(sizes),), dtype=torch.float32)
     ends = (*three(scales), *three(biases), *three(outs))
-    product(digits, x_scale, residual, sums, *three(weights), *ends)
+    product(operand, x_scale, residual, sums, *three(weights), *ends)
     if combine is not None:
         combine(sums, x_scale, residual, *ends)
     return outs

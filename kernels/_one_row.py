@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinyfuse.kernels._gemm import split
+from tinyfuse.kernels import _rows
+from tinyfuse.kernels._gemm import Split, split
 from tinyfuse.kernels._gemv import pick, three
+from tinyfuse.kernels._rows import Norm
 from tinyfuse.kernels._triton import Launch, interpreted, jit, pdl, tl, triton
 from tinyfuse.kernels.gated_act import activate
 
@@ -46,13 +48,32 @@ def _lanes(acc, ROWS: tl.constexpr, STEP: tl.constexpr, VECTOR: tl.constexpr):
 
 
 @jit
+def _normed(
+    values, gains, eps, K: tl.constexpr, DTYPE: tl.constexpr, UNIT_OFFSET: tl.constexpr, CAST_FIRST: tl.constexpr
+):
+    """The RMS norm of the row of K elements that ``values`` hold in fp32, rounded to DTYPE."""
+    square = values[0] * values[0]
+    for step in tl.static_range(1, len(values)):
+        square += values[step] * values[step]
+    factor = tl.rsqrt(tl.sum(square, 1) / K + eps)
+    out = ()
+    for step in tl.static_range(len(values)):
+        gain = None
+        if len(gains) > 0:
+            gain = gains[step]
+        out += (_rows.scaled(values[step], factor, gain, DTYPE, UNIT_OFFSET, CAST_FIRST).to(tl.float32),)
+    return out
+
+
+@jit
 def _one_row(
-    x, x_scale, residual, w0, w1, w2, s0, s1, s2, b0, b1, b2, y0, y1, y2,
-    n0, n1, n2, stride0, stride1, stride2, first1, first2,
+    x, x_scale, gain, residual, w0, w1, w2, s0, s1, s2, b0, b1, b2, y0, y1, y2,
+    n0, n1, n2, stride0, stride1, stride2, first1, first2, eps,
     K: tl.constexpr, MEMBERS: tl.constexpr, ACT: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr,
-    PDL: tl.constexpr, ASM: tl.constexpr,
+    NORM: tl.constexpr, UNIT_OFFSET: tl.constexpr, CAST_FIRST: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows of one weight, or under ACT of both. ``first``: its first program. int8: x is [3, K] digits."""
+    """ROWS rows of one weight, or under ACT of both. ``first``: its first program. int8: x is [3, K] digits. NORM:
+    the 16-bit weights meet the RMS norm of x."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     INT: tl.constexpr = tl.int8 == w0.dtype.element_ty
@@ -87,8 +108,10 @@ def _one_row(
         if INT:
             up = w1.to(tl.pointer_type(tl.int32))
         at2 = up + safe * (stride1 // EACH) + i
-    tiles, tiles2 = (), ()
+    tiles, tiles2, gains = (), (), ()
     for step in tl.static_range(STEPS):
+        if gain is not None:
+            gains += (_load(gain + i, i, step, COUNT, STEP, ""),)
         tiles += (_load(at, i, step, COUNT, STEP, "evict_first"),)
         if PAIR:
             tiles2 += (_load(at2, i, step, COUNT, STEP, "evict_first"),)
@@ -130,8 +153,13 @@ def _one_row(
     else:
         total = tl.zeros([ROWS, STEP // VECTOR], tl.float32)
         total2 = total
+        values = ()
         for step in tl.static_range(STEPS):
-            v = _load(at_x, i, step, COUNT, STEP, "").to(tl.float32)
+            values += (_load(at_x, i, step, COUNT, STEP, "").to(tl.float32),)
+        if NORM:
+            values = _normed(values, gains, eps, K, x.dtype.element_ty, UNIT_OFFSET, CAST_FIRST)
+        for step in tl.static_range(STEPS):
+            v = values[step]
             total += _lanes(tiles[step].to(tl.float32) * v, ROWS, STEP, VECTOR)
             if PAIR:
                 total2 += _lanes(tiles2[step].to(tl.float32) * v, ROWS, STEP, VECTOR)
@@ -145,24 +173,27 @@ def _one_row(
 
 @lru_cache(4096)
 def _bind(
-    k: int, sizes: tuple[int, ...], strides: tuple[int, ...], act: str, rows: int, warps: int, ahead: bool,
-    *_dtypes_device: Any,
+    k: int, sizes: tuple[int, ...], strides: tuple[int, ...], act: str, rows: int, warps: int,
+    norm: tuple[float, bool, bool] | None, ahead: bool, *_dtypes_device: Any,
 ) -> Launch:  # fmt: skip
+    """norm: eps, unit_offset, cast_first."""
+    eps, *flags = norm or (0.0, False, False)
     blocks = [triton.cdiv(n, rows) for n in (sizes[:1] if act else sizes)]
     scalars = (
-        *three(sizes), *three(strides), blocks[0], sum(blocks[:2]), k, len(sizes), act, rows, warps, ahead,
-        not interpreted(),
+        *three(sizes), *three(strides), blocks[0], sum(blocks[:2]), eps, k, len(sizes), act, rows, warps,
+        norm is not None, *flags, ahead, not interpreted(),
     )  # fmt: skip
     return Launch(_one_row, (sum(blocks),), scalars, warps, ahead)
 
 
-def tile(k_bytes: int, int8: bool, pair: bool) -> tuple[int, int]:
+def tile(k_bytes: int, int8: bool, pair: bool, norm: bool = False) -> tuple[int, int]:
     """(weight rows of a program, its warps), as measured on an H200; at most 128 registers of weights to a thread, 64
-    under an activation, so that nothing spills."""
+    under an activation, so that nothing spills. Every program makes the norm anew: larger ones make it less often."""
     if int8:
         rows, warps = (4, 4) if k_bytes > 8192 else (4, 2) if k_bytes > 4096 or k_bytes <= 2048 else (8, 2)
     else:
         rows, warps = (1, 8) if k_bytes > 16384 else (2, 8) if k_bytes > 4096 else (2, 4)
+        rows = 2 * rows if norm else rows
     rows = max(1, rows // 2) if pair else rows
     while rows * (1 + 3 * pair) * k_bytes > warps * 32 * 512 and (rows > 1 or warps < 16):
         rows, warps = (rows // 2, warps) if rows > 1 else (rows, 2 * warps)
@@ -172,21 +203,25 @@ def tile(k_bytes: int, int8: bool, pair: bool) -> tuple[int, int]:
 def one_row(
     x: Tensor, weights: list[Tensor], scales: list[Tensor | None], biases: list[Tensor | None],
     residual: Tensor | None = None, act: str = "", config: tuple[int, int] | None = None,
+    norm: Norm | None = None, digits: Split = split,
 ) -> list[Tensor]:  # fmt: skip
-    """x [..., K] of one row; else as :func:`_gemv.gemv`."""
+    """x [..., K] of one row; else as :func:`_gemv.gemv`. 16-bit weights meet x or its ``norm``, int8 weights the
+    ``digits`` of x, or of what they make of x."""
     lead, k = x.shape[:-1], x.shape[-1]
     x = x.reshape(k)
     if x.stride(0) != 1 or x.data_ptr() & 15:
         x = x.clone(memory_format=torch.contiguous_format)
     int8 = weights[0].dtype == torch.int8
-    config = config or tile(k if int8 else 2 * k, int8, act != "")
+    config = config or tile(k if int8 else 2 * k, int8, act != "", norm is not None)
     sizes = tuple([w.shape[0] for w in weights])
     outs = [x.new_empty((*lead, n)) for n in (sizes[:1] if act else sizes)]
     residual = None if residual is None else residual.reshape(sizes[0]).contiguous()
+    gain = None if norm is None else norm.weight
     launch = _bind(
-        k, sizes, tuple([w.stride(0) for w in weights]), act, *config, pdl(x.device), int8,
+        k, sizes, tuple([w.stride(0) for w in weights]), act, *config, norm and norm[1:], pdl(x.device), int8,
         x.dtype, x.device, biases[0] is None or biases[0].dtype, residual is None or residual.dtype,
+        gain is None or gain.dtype,
     )  # fmt: skip
-    operand, x_scale = split(x[None], 3, 1) if int8 else (x, None)
-    launch(operand, x_scale, residual, *three(weights), *three(scales), *three(biases), *three(outs))
+    operand, x_scale = digits(x[None], 3, 1) if int8 else (x, None)
+    launch(operand, x_scale, gain, residual, *three(weights), *three(scales), *three(biases), *three(outs))
     return outs

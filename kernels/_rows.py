@@ -16,6 +16,15 @@ MAX_DIMS = 3
 MAX_BLOCK = 16384
 
 
+class Norm(NamedTuple):
+    """An RMS norm in front of a product; fields as in ``rms_norm``."""
+
+    weight: Tensor | None
+    eps: float
+    unit_offset: bool
+    cast_first: bool
+
+
 class Rows(NamedTuple):
     """``count`` rows over ``dims`` dimensions; ``sizes`` of the second and third; strides of each tensor, padded to
     three dimensions, one after the other. Row r is ``(r // (n1 * n2), r // n2 % n1, r % n2)``."""
@@ -194,3 +203,25 @@ def load_sum(x, residual, total, at, inside):
         if total is not None:
             tl.store(total + at, value, mask=inside)
     return value.to(tl.float32)
+
+
+@jit
+def load_gain(weight, col, N: tl.constexpr):
+    """Columns ``col`` of a norm's weight, None if it has none."""
+    if weight is not None:
+        return tl.load(weight + col, mask=col < N, other=0.0)
+
+
+@jit
+def scaled(value, factor, gain, DTYPE: tl.constexpr, UNIT_OFFSET: tl.constexpr, CAST_FIRST: tl.constexpr):
+    """value * factor * gain [rows, cols] in DTYPE, with the roundings of ``rms_norm.reference``."""
+    out = value * factor[:, None]
+    if gain is not None:
+        if CAST_FIRST:
+            out = out.to(DTYPE).to(tl.float32)
+            if UNIT_OFFSET:
+                gain = (1.0 + gain.to(tl.float32)).to(gain.dtype)
+        elif UNIT_OFFSET:
+            gain = 1.0 + gain.to(tl.float32)
+        out = gain.to(tl.float32) * out
+    return out.to(DTYPE)

@@ -57,7 +57,7 @@ def supports_gemv(
 ) -> str | None:  # fmt: skip
     if act not in gated_act.ACTIVATIONS or w_gate.shape != w_up.shape:
         return "the GPU gated linear takes gate and up weights of one shape and a known activation"
-    return linear_group.supports_gemv(x, [w_gate, w_up], [s_gate, s_up], [b_gate, b_up])
+    return linear.few_rows_reason(x, [w_gate, w_up], [s_gate, s_up], [b_gate, b_up])
 
 
 def run_gemv(

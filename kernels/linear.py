@@ -60,10 +60,19 @@ def _rows(x: Tensor) -> int:
 def supports_gemv(
     x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, residual: Tensor | None
 ) -> str | None:
-    reason = _gemv.reason(x, [weight], [scale], [bias]) or residual_reason(x, weight, residual)
-    if reason is None and _rows(x) > _gemv.MOST_ROWS:
-        reason = f"the GPU matrix-vector products take at most {_gemv.MOST_ROWS} rows of x"
-    return reason
+    return few_rows_reason(x, [weight], [scale], [bias]) or residual_reason(x, weight, residual)
+
+
+def few_rows_reason(
+    x: Tensor, weights: list[Tensor], scales: list[Tensor | None], biases: list[Tensor | None]
+) -> str | None:
+    """Why :func:`few_rows` does not run these."""
+    most = 1 if scales[0] is not None else _gemv.MOST_ROWS
+    if _rows(x) > most:
+        return f"the GPU matrix-vector products take at most {most} rows of x"
+    if len(weights) > 3:
+        return "the GPU matrix-vector products take at most 3 weights together"
+    return _gemv.reason(x, weights, scales, biases)
 
 
 def residual_reason(x: Tensor, weight: Tensor, residual: Tensor | None) -> str | None:

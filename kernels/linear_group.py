@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tinyfuse.kernels import _gemm, _gemv, _native, linear
+from tinyfuse.kernels import _gemm, _native, linear
 from tinyfuse.op import Kernel, register
 
 
@@ -50,17 +50,6 @@ def run_native(
 # --- GPU ---
 
 
-def supports_gemv(
-    x: Tensor, weights: list[Tensor], scales: list[Tensor | None], biases: list[Tensor | None]
-) -> str | None:
-    if len(weights) > 3:
-        return "the GPU matrix-vector products take at most 3 weights together"
-    reason = _gemv.reason(x, weights, scales, biases)
-    if reason is None and x.numel() // x.shape[-1] > _gemv.MOST_ROWS:
-        reason = f"the GPU matrix-vector products take at most {_gemv.MOST_ROWS} rows of x"
-    return reason
-
-
 def supports_each(
     x: Tensor, weights: list[Tensor], scales: list[Tensor | None], biases: list[Tensor | None]
 ) -> str | None:
@@ -84,7 +73,7 @@ OP = register(
     fake=fake,
     kernels=[
         Kernel("native", "cpu", supports_native, run_native),
-        Kernel("gemv", "cuda", supports_gemv, linear.few_rows),
+        Kernel("gemv", "cuda", linear.few_rows_reason, linear.few_rows),
         Kernel("tensor_core", "cuda", _gemm.reason, _gemm.gemm),
         Kernel("each", "cuda", supports_each, run_each),
     ],

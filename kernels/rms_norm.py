@@ -34,24 +34,6 @@ def reference(x: Tensor, weight: Tensor | None, eps: float, unit_offset: bool, c
 # --- GPU ---
 
 
-@jit
-def _scaled(
-    value, scale, weight, col, N: tl.constexpr, DTYPE: tl.constexpr, UNIT_OFFSET: tl.constexpr, CAST_FIRST: tl.constexpr
-):
-    """value * scale * gain [rows, cols], with the roundings of the reference."""
-    out = value * scale[:, None]
-    if weight is not None:
-        gain = tl.load(weight + col, mask=col < N, other=0.0)
-        if CAST_FIRST:
-            out = out.to(DTYPE).to(tl.float32)
-            if UNIT_OFFSET:
-                gain = (1.0 + gain.to(tl.float32)).to(gain.dtype)
-        elif UNIT_OFFSET:
-            gain = 1.0 + gain.to(tl.float32)
-        out = gain.to(tl.float32) * out
-    return out.to(DTYPE)
-
-
 @jit(do_not_specialize=["rows", "n1", "n2"])
 def _rms_norm(
     x, residual, weight, total, y, rows, eps, n1, n2,
@@ -77,7 +59,7 @@ def _rms_norm(
     if N <= BLOCK_N:
         value = _rows.load_sum(x, residual, total, col, inside & (col < N))
         scale = tl.rsqrt(tl.sum(value * value, 1) / N + eps)
-        out = _scaled(value, scale, weight, col, N, DTYPE, UNIT_OFFSET, CAST_FIRST)
+        out = _rows.scaled(value, scale, _rows.load_gain(weight, col, N), DTYPE, UNIT_OFFSET, CAST_FIRST)
         tl.store(y + col, out, mask=inside & (col < N))
     else:
         square = tl.zeros([ROWS, BLOCK_N], tl.float32)
@@ -87,7 +69,8 @@ def _rms_norm(
         scale = tl.rsqrt(tl.sum(square, 1) / N + eps)
         for start in range(0, N, BLOCK_N):
             value = _rows.load_sum(x, residual, None, start + col, inside & (start + col < N))
-            out = _scaled(value, scale, weight, start + col, N, DTYPE, UNIT_OFFSET, CAST_FIRST)
+            gain = _rows.load_gain(weight, start + col, N)
+            out = _rows.scaled(value, scale, gain, DTYPE, UNIT_OFFSET, CAST_FIRST)
             tl.store(y + start + col, out, mask=inside & (start + col < N))
 
 

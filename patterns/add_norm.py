@@ -3,10 +3,11 @@
 import operator
 
 import torch
+from torch.fx import Node
 
 import tinyfuse.kernels.add_layer_norm
 import tinyfuse.kernels.add_rms_norm  # noqa: F401
-from tinyfuse.graph.nodes import same_shape
+from tinyfuse.graph.nodes import is_static, same_shape, value
 from tinyfuse.graph.pattern import Check, Pattern, anything, call, optional, scalar, tensor
 
 ops = torch.ops.tinyfuse
@@ -22,6 +23,22 @@ alike = Check(
 )
 
 
+def takes_residual(node):
+    """Whether ``node`` is a linear of few rows, whose kernels add a residual before their one rounding. What is left
+    of the norm can then go into the linear layers that follow it."""
+    if not isinstance(node, Node) or node.target is not ops.linear.default or len(node.users) > 1:
+        return False
+    rows, _, scale, _, residual = node.args
+    shape = value(rows).shape
+    few = 8 if scale is None else 256
+    return residual is None and is_static(value(rows)) and shape.numel() <= few * shape[-1]
+
+
+unclaimed = Check(
+    lambda m: not (takes_residual(m.x) or takes_residual(m.residual)), "the linear layer before it adds the residual"
+)
+
+
 def both(made):
     return [call(operator.getitem, made, 1), call(operator.getitem, made, 0)]
 
@@ -34,7 +51,7 @@ add_rms_norm = Pattern(
     name="add_rms_norm",
     stage="fuse",
     roots=(call(ops.rms_norm.default, total, w, eps, unit_offset, cast_first), total),
-    where=(alike,),
+    where=(alike, unclaimed),
     to=lambda m: both(call(ops.add_rms_norm.default, m.x, m.residual, m.w, m.eps, m.unit_offset, m.cast_first)),
     example=lambda: rows(unit_offset=False, cast_first=True),
 )

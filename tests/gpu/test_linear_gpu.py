@@ -8,7 +8,18 @@ import torch.nn.functional as F
 
 from tests.tolerance import assert_as_exact_as_eager
 from tinyfuse import fallback
-from tinyfuse.kernels import _gemm, _gemv, _one_row, gated_linear, linear, linear_group
+from tinyfuse.kernels import (
+    _gemm,
+    _gemv,
+    _norm_digits,
+    _one_row,
+    gated_linear,
+    linear,
+    linear_group,
+    rms_norm,
+    rms_norm_gated_linear,
+    rms_norm_linear_group,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -98,6 +109,29 @@ def test_group_and_gated(M, dtype):
     assert_as_exact_as_eager("gated_linear", out, eager, exact)
 
 
+@pytest.mark.parametrize("M", [1, 2, 7, 40, 300])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("K", [576, 4096, 11008])
+def test_norm_in_front(M, dtype, K):
+    x = rows(M, K, torch.bfloat16, False)[None]
+    for gain, unit_offset, cast_first in ((torch.randn(K, device="cuda").bfloat16(), True, False), (None, False, True)):
+        norm = gain, 1e-6, unit_offset, cast_first
+        normed = rms_norm.reference(x, *norm)
+        exact_norm = rms_norm.reference(x.double(), None if gain is None else gain.double(), *norm[1:])
+        pairs = [weights(N, K, dtype) for N in (576, 192, 333)]
+        args = [list(part) for part in zip(*pairs, strict=True)]
+        outs = rms_norm_linear_group.OP(x, *norm, *args, [None] * 3)
+        given = [linear.dequantize(w, s, x.dtype) for w, s in pairs]
+        full = [w.double() if s is None else w.double() * s.double()[:, None] for w, s in pairs]
+        near, true = ([F.linear(h, w) for w in ws] for h, ws in ((normed, given), (exact_norm, full)))
+        assert_as_exact_as_eager("linear_group", *(torch.cat(parts, -1) for parts in (outs, near, true)))
+        (gate, up), (s_gate, s_up) = ([part[i][:192] if part[i] is not None else None for i in (0, 1)] for part in args)
+        out = rms_norm_gated_linear.OP(x, *norm, gate, up, s_gate, s_up, None, None, "silu")
+        near = F.silu(F.linear(normed, given[0][:192])) * F.linear(normed, given[1])
+        true = F.silu(F.linear(exact_norm, full[0][:192])) * F.linear(exact_norm, full[1])
+        assert_as_exact_as_eager("gated_linear", out, near, true)
+
+
 @pytest.mark.parametrize("M", [1, 8, 24, 300])
 def test_layouts(M):
     w, scale = weights(200, 640, torch.int8)
@@ -138,7 +172,7 @@ def test_weight_of_more_than_2_31_elements(int8):
 
 def chain(x, layers):
     for w, scale, w2, scale2 in layers:
-        y = linear.OP(x, w, scale, None, None)
+        (y,) = rms_norm_linear_group.OP(x, None, 1e-6, False, True, [w], [scale], [None])
         x = linear.OP(y, w2, scale2, None, x)
     return x
 
@@ -149,9 +183,8 @@ def test_dependent_launch_changes_no_bit_and_graphs_replay(M, monkeypatch):
     layers = [(*weights(1024, 512, torch.int8), *weights(512, 1024, torch.int8)) for _ in range(12)]
     x = rows(M, 512, torch.bfloat16, False)
     ahead = chain(x, layers)
-    monkeypatch.setattr(_gemv, "pdl", lambda device: False)
-    monkeypatch.setattr(_gemm, "pdl", lambda device: False)
-    monkeypatch.setattr(_one_row, "pdl", lambda device: False)
+    for module in (_gemv, _gemm, _one_row, _norm_digits):
+        monkeypatch.setattr(module, "pdl", lambda device: False)
     assert torch.equal(ahead, chain(x, layers))
     monkeypatch.undo()
     graph, given = torch.cuda.CUDAGraph(), x.clone()

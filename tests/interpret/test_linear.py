@@ -2,7 +2,15 @@ import pytest
 import torch
 
 from tests.tolerance import assert_as_exact_as_eager
-from tinyfuse.kernels import _gemm, _gemv, _one_row, gated_linear, linear, linear_group
+from tinyfuse.kernels import (
+    _gemm,
+    _gemv,
+    _one_row,
+    gated_linear,
+    linear,
+    rms_norm_gated_linear,
+    rms_norm_linear_group,
+)
 
 K = 112  # of int8: one whole step of 64 bytes and a part; of halves: three and a half
 
@@ -154,5 +162,35 @@ def test_declines():
     assert "nothing" in linear.supports_gemv(x[:0], w, scale, None, None)
     assert "float32" in linear.supports_gemv(x.float(), w, scale, None, None)
     assert "rows" in linear.supports_gemv(torch.randn(99, 64).bfloat16(), w[:, :64], scale, None, None)
-    assert "at most 3" in linear_group.supports_gemv(x, [w] * 4, [scale] * 4, [None] * 4)
+    assert "at most 3" in linear.few_rows_reason(x, [w] * 4, [scale] * 4, [None] * 4)
     assert "scales" in linear.supports_gemv(x[:, :64], w[:, :64].contiguous(), None, None, None)
+
+
+@pytest.mark.parametrize("unit_offset, cast_first", [(False, True), (True, False), (False, False)])
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("M", [1, 11])
+def test_norm_in_front(M, int8, unit_offset, cast_first):
+    torch.manual_seed(0)
+    x = torch.randn(1, M, K).bfloat16()
+    gain = torch.randn(K).bfloat16() if cast_first or unit_offset else None
+    norm = gain, 1e-6, unit_offset, cast_first
+    wide_norm = wide(gain), *norm[1:]
+    pairs = [weights(N, torch.int8 if int8 else x.dtype) for N in (65, 48, 3)]
+    given = [linear.dequantize(w, s, x.dtype) for w, s in pairs]
+    full = [w.double() if s is None else w.double() * s.double()[:, None] for w, s in pairs]
+    args = [list(part) for part in zip(*pairs, strict=True)]
+    op = rms_norm_linear_group
+    outs = (op.run_one_row if M == 1 else op.run_tensor_core if int8 else op.run_each)(x, *norm, *args, [None] * 3)
+    near = op.reference(x, *norm, given, [None] * 3, [None] * 3)
+    true = op.reference(x.double(), *wide_norm, full, [None] * 3, [None] * 3)
+    assert [out.shape for out in outs] == [(1, M, len(w)) for w, _ in pairs]
+    assert_as_exact_as_eager("linear_group", *(torch.cat(parts, -1) for parts in (outs, near, true)))
+    gate, up = pairs[0], weights(65, torch.int8 if int8 else x.dtype)
+    operands = gate[0], up[0], gate[1], up[1], None, None, "silu"
+    run = rms_norm_gated_linear.run_one_row if M == 1 else rms_norm_gated_linear.run_each
+    out = run(x, *norm, *operands)
+    up16 = linear.dequantize(*up, x.dtype)
+    up64 = up[0].double() if up[1] is None else up[0].double() * up[1].double()[:, None]
+    near = rms_norm_gated_linear.reference(x, *norm, given[0], up16, None, None, None, None, "silu")
+    true = rms_norm_gated_linear.reference(x.double(), *wide_norm, full[0], up64, None, None, None, None, "silu")
+    assert_as_exact_as_eager("gated_linear", out, near, true)

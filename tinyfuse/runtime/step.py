@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from tinyfuse.kernels import _greedy
 from tinyfuse.runtime.cache import Slot
 from tinyfuse.runtime.forward import GraphCall, intercept, record_graphs
 
@@ -154,15 +155,7 @@ class Greedy:
 
     def pick(self, logits: Tensor) -> None:
         """``logits`` [batch, vocabulary] in any float dtype: rounding to fp32 first would not change the maximum."""
-        if len(self.banned):
-            logits = logits.index_fill(-1, self.banned, -torch.inf)
-        token = logits.argmax(-1)
-        if len(self.eos):
-            token = token * self.unfinished + self.pad * (1 - self.unfinished)
-            self.unfinished.mul_((token[:, None] != self.eos).all(-1))
-        self.token.copy_(token[:, None])
-        self.tokens.index_copy_(1, self.written, self.token)
-        self.written.add_(1)
+        _greedy.OP(logits, self.banned, self.eos, self.pad, self.unfinished, self.written, self.token, self.tokens)
 
 
 class Step:
