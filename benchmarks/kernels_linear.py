@@ -100,8 +100,16 @@ def read(w: Tensor, y: Tensor) -> None:
     _read[(words.numel() // 8192,)](words, y, 8192, num_warps=4, launch_pdl=True)
 
 
+def streamed(
+    x: Tensor, weights: list[Tensor], scales: list[Tensor | None], biases: list[Tensor | None],
+    residual: Tensor | None = None, act: str = "", config: tuple | None = None,
+) -> list[Tensor]:  # fmt: skip
+    """``_gemv.gemv`` under the signature of ``_one_row.one_row``."""
+    return _gemv.gemv(x, weights, biases, residual, act, config)
+
+
 def run_chain(x: Tensor, layers: list[list[Weight]], one_row: bool) -> Tensor:
-    run = _one_row.one_row if one_row else _gemv.gemv
+    run = _one_row.one_row if one_row else streamed
     for q, k, v, o, gate, up, down in layers:
         attended = run(x, [q[0], k[0], v[0]], [q[1], k[1], v[1]], [None] * 3)[0]
         (x,) = run(attended, [o[0]], [o[1]], [None], x)
@@ -125,7 +133,7 @@ def chain_times(int8: bool) -> dict[str, float]:
     calls = {
         f"{name} read": lambda: [read(w, y) for layer in layers for w, _ in layer],
         f"{name} one_row": lambda: run_chain(x, layers, True),
-        f"{name} gemv": lambda: run_chain(x, layers, False),
+        **({} if int8 else {f"{name} gemv": lambda: run_chain(x, layers, False)}),
     }
     if not int8:
         calls["stock bf16"] = lambda: stock_chain(x, layers)
@@ -160,7 +168,7 @@ def variants(K: int, int8: bool) -> list[tuple[Callable, tuple]]:
     """Every tile with at most 128 registers of weights to a thread."""
     size = K * (1 if int8 else 2)
     fits = [c for c in ONE_ROW if 16 <= c[0] * size / (c[1] * 32) <= 512]
-    return [(_one_row.one_row, c) for c in fits] + [(_gemv.gemv, c) for c in STREAM]
+    return [(_one_row.one_row, c) for c in fits] + [(streamed, c) for c in STREAM if not int8]
 
 
 def several(N: int, K: int, M: int) -> dict[str, object]:
@@ -168,7 +176,7 @@ def several(N: int, K: int, M: int) -> dict[str, object]:
     case: dict[str, object] = {"N": N, "K": K, "M": M, "cublas": over(weights, lambda w, s: F.linear(x, w))}
     case["bf16"] = over(weights, lambda w, s: linear.OP(x, w, s, None, None))
     if M in (2, 4, 8):
-        case["bf16 gemv"] = over(weights, lambda w, s: _gemv.gemv(x, [w], [None], [None]))
+        case["bf16 gemv"] = over(weights, lambda w, s: _gemv.gemv(x, [w], [None]))
     weights = copies(N, K, True)
     case["int8"] = over(weights, lambda w, s: linear.OP(x, w, s, None, None))
     case["kernel"] = linear.OP.choose(x, *weights[0], None, None)[0].name
@@ -187,13 +195,13 @@ def warm(job: tuple) -> str | None:
     if kind == "op":
         linear.OP(x, w, s, None, None)
     elif kind == "chain":
-        for run in (_one_row.one_row, _gemv.gemv):
+        for run in (_one_row.one_row,) if int8 else (_one_row.one_row, streamed):
             if K == 4096:
                 run(x, [w] * 3, [s] * 3, [None] * 3)
                 run(x, [w] * 2, [s] * 2, [None] * 2, None, "silu")
             run(x, [w], [s], [None], torch.zeros(1, 128, dtype=x.dtype, device="cuda"))
     else:
-        getattr(_one_row if kind == "one_row" else _gemv, kind)(x, [w], [s], [None], config=config)
+        (_one_row.one_row if kind == "one_row" else streamed)(x, [w], [s], [None], config=config)
     torch.cuda.synchronize()
     return f"{job}: fell back" if linear.OP.broken else None
 

@@ -4,8 +4,8 @@ Split s of S takes key blocks s, s + S, s + 2S, ... so that the written part of 
 over all splits whatever its length, and the grid depends on the cache alone. For a bool mask a split first
 narrows its blocks to those that hold a True, then loads only the keys and values of positions that some
 row attends: the unwritten part of a cache costs one byte per position. Scores are in units of log2 e.
-The splits of a row are merged by the program of the row that finishes last, or, where that is much for one
-program, by a second kernel; both add in the order of the splits, so that the result does not depend on which.
+The splits of a row are merged by the row's program that finishes last, or by a second kernel where that is much for
+one program. The order of the additions is the same in both and depends on no program's speed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ MASK_NONE, MASK_BOOL, MASK_FLOAT = 0, 1, 2
 MAX_ROWS = 16
 MAX_SPLITS = 64
 LONG_CACHE = 16384  # from here on, larger blocks are faster
-MERGED = 16384  # numbers (splits x rows x head_dim) that one program of _decode merges; chosen before measurement
+# A program of `_decode` merges at most so many numbers (splits x rows x head_dim, each padded to a power of two).
+# Chosen before measurement: two warps hold them in registers, and of 16384 they spill.
+MERGED = 8192
 
 
 class Plan(NamedTuple):
@@ -88,45 +90,46 @@ def _block_mask(
 
 
 @jit
-def _merge(out, partial, stats, row, row_ok, splits, DV: tl.constexpr, BLOCK_DV: tl.constexpr, WIDTH: tl.constexpr):
-    """Store rows ``row`` of ``out``. ``WIDTH``: at least ``splits``.
+def _fold(x, STEPS: tl.constexpr):
+    """Sum over the first of three axes, of length 2 ** ``STEPS``: one addition an element each time, whose terms
+    may swap, so that the bits depend on no layout."""
+    for _ in tl.static_range(STEPS):
+        x = tl.sum(tl.reshape(x, [2, x.shape[0] // 2, x.shape[1], x.shape[2]]), 0)
+    return x
 
-    One sum per element and explicit fma: the bits depend on no layout. Other programs of the same launch may
-    have written what is read here, and L1 is not coherent."""
-    slot = row * splits
-    s = tl.arange(0, WIDTH)
-    e = tl.arange(0, BLOCK_DV)
-    inside = row_ok[:, None] & (s < splits)[None, :]
-    tops = tl.load(stats + (slot[:, None] + s) * 2, mask=inside, other=float("-inf"), cache_modifier=".cg")
-    best = tl.max(tops, 1)
-    best = tl.where(best == float("-inf"), 0.0, best)
-    total = tl.zeros([row.shape[0]], tl.float32)
-    acc = tl.zeros([row.shape[0], BLOCK_DV], tl.float32)
-    for i in tl.static_range(WIDTH):
-        ok = row_ok & (splits > i)
-        top = tl.load(stats + (slot + i) * 2, mask=ok, other=float("-inf"), cache_modifier=".cg")
-        part = tl.load(stats + (slot + i) * 2 + 1, mask=ok, other=0.0, cache_modifier=".cg")
-        weight = tl.exp2(top - best)
-        # A split without a key left its part of `partial` unwritten; its weight is 0.
-        read = (weight > 0.0)[:, None] & (e < DV)[None, :]
-        value = tl.load(partial + (slot + i)[:, None] * DV + e, mask=read, other=0.0, cache_modifier=".cg")
-        total = tl.fma(part, weight, total)
-        acc = tl.fma(value, weight[:, None], acc)
-    result = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    tl.store(out + row[:, None] * DV + e[None, :], result, mask=row_ok[:, None] & (e < DV)[None, :])
+
+@jit
+def _merge(out, partial, stats, row, row_ok, splits, DV: tl.constexpr, BLOCK_DV: tl.constexpr, STEPS: tl.constexpr):
+    """Store rows ``row`` [1, rows, 1] of ``out``, each of ``splits`` <= 2 ** ``STEPS`` splits.
+
+    Past L1 (.cg), which does not see what other programs of the same launch have written."""
+    s = tl.arange(0, 1 << STEPS)[:, None, None]
+    e = tl.arange(0, BLOCK_DV)[None, None, :]
+    slot = row * splits + s
+    inside = row_ok & (s < splits)
+    top = tl.load(stats + slot * 2, mask=inside, other=float("-inf"), cache_modifier=".cg")
+    total = tl.load(stats + slot * 2 + 1, mask=inside, other=0.0, cache_modifier=".cg")
+    best = tl.max(top, 0)[None, :, :]
+    weight = tl.exp2(top - tl.where(best == float("-inf"), 0.0, best))
+    # A split without a key left its part of `partial` unwritten; its weight is 0.
+    acc = tl.load(partial + slot * DV + e, mask=(weight > 0.0) & (e < DV), other=0.0, cache_modifier=".cg")
+    # fma with 0: a product that the compiler may fuse with an addition would have other bits in some layouts.
+    total = _fold(tl.fma(total, weight, 0.0), STEPS)
+    result = _fold(tl.fma(acc, weight, 0.0), STEPS) / tl.where(total == 0.0, 1.0, total)
+    tl.store(out + row * DV + e, result, mask=row_ok & (e < DV))
 
 
 @jit
 def _merge_if_last(
     out, partial, stats, counter, b, kv_head, first_row, H, Sq, splits, GROUP: tl.constexpr,
-    DV: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    DV: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """``ROWS`` from ``first_row`` on, in the last of the ``splits`` programs that add to ``counter``."""
     tl.debug_barrier()  # one thread adds, for the stores of all
     if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") % splits == splits - 1:
-        r = first_row + tl.arange(0, ROWS)
+        r = first_row + tl.arange(0, ROWS)[None, :, None]
         row = (b * Sq + r % Sq) * H + kv_head * GROUP + r // Sq
-        _merge(out, partial, stats, row, r < GROUP * Sq, splits, DV, BLOCK_DV, WIDTH)
+        _merge(out, partial, stats, row, r < GROUP * Sq, splits, DV, BLOCK_DV, STEPS)
 
 
 @jit
@@ -136,7 +139,7 @@ def _decode(
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     ROW_BLOCKS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, SCAN: tl.constexpr, STAGES: tl.constexpr,
     KIND: tl.constexpr, BY_ROW: tl.constexpr, CAUSAL: tl.constexpr, SPLIT: tl.constexpr,
-    MERGE_ROWS: tl.constexpr, MERGE_WIDTH: tl.constexpr, PDL: tl.constexpr,
+    MERGE_ROWS: tl.constexpr, MERGE_STEPS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """``MERGE_ROWS``: the power of two that holds the rows of a program, or 0 to leave them to ``_combine``."""
     if PDL:
@@ -206,7 +209,7 @@ def _decode(
         if MERGE_ROWS:
             _merge_if_last(
                 out, partial, stats, counters + tl.program_id(2) * tl.num_programs(1) + tl.program_id(1),
-                b, kv_head, first_row, H, Sq, splits, GROUP, DV, BLOCK_DV, MERGE_ROWS, MERGE_WIDTH,
+                b, kv_head, first_row, H, Sq, splits, GROUP, DV, BLOCK_DV, MERGE_ROWS, MERGE_STEPS,
             )  # fmt: skip
     else:
         result = acc / tl.where(total == 0.0, 1.0, total)[:, None]
@@ -215,13 +218,13 @@ def _decode(
 
 @jit
 def _combine(
-    out, partial, stats, splits, DV: tl.constexpr, BLOCK_DV: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr
+    out, partial, stats, splits, DV: tl.constexpr, BLOCK_DV: tl.constexpr, STEPS: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
-    _merge(out, partial, stats, row, row >= 0, splits, DV, BLOCK_DV, WIDTH)
+    row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)[None, :, None]
+    _merge(out, partial, stats, row, row >= 0, splits, DV, BLOCK_DV, STEPS)
 
 
 @cache
@@ -296,12 +299,12 @@ def decode(
     ahead = pdl(q.device)
     options = {"num_warps": p.warps, "launch_pdl": True} if ahead else {"num_warps": p.warps}
     row_blocks = triton.cdiv(group * Sq, p.block_r)
+    steps = (p.splits - 1).bit_length()
     merge_rows = triton.next_power_of_2(min(p.block_r, group * Sq))
-    width = triton.next_power_of_2(p.splits)
     counted = None
-    if split and p.splits * merge_rows * DV <= MERGED:
+    if split and (merge_rows * block_dv << steps) <= MERGED:
         counted = counters(q.device, p.splits, kv_heads * B * row_blocks)
-    merge = (0, 0) if counted is None else (merge_rows, width)
+    merge = (0, 0) if counted is None else (merge_rows, steps)
     _decode[(p.splits, kv_heads, B * row_blocks)](
         q, k, v, mask, out, partial, stats, counted, scale * 1.4426950408889634, H, Sq, Skv, p.splits,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *strides,
@@ -309,6 +312,6 @@ def decode(
         kind, by_row, is_causal, split, *merge, ahead, **options,
     )  # fmt: skip
     if split and counted is None:
-        options["num_warps"] = 2 if width * block_dv <= 8192 else 4  # 8 cost 2 µs
-        _combine[(rows,)](out, partial, stats, p.splits, DV, block_dv, width, ahead, **options)
+        options["num_warps"] = 2 if block_dv << steps <= 8192 else 4  # 8 cost 2 µs
+        _combine[(rows,)](out, partial, stats, p.splits, DV, block_dv, steps, ahead, **options)
     return out.transpose(1, 2)

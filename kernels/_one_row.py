@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tinyfuse.kernels import _rows
-from tinyfuse.kernels._gemm import Split, split
+from tinyfuse.kernels._gemm import Split, digit_count, split
 from tinyfuse.kernels._gemv import pick, three
 from tinyfuse.kernels._rows import Norm
 from tinyfuse.kernels._triton import Launch, interpreted, jit, pdl, tl, triton
@@ -48,6 +48,27 @@ def _lanes(acc, ROWS: tl.constexpr, STEP: tl.constexpr, VECTOR: tl.constexpr):
 
 
 @jit
+def _digit_sums(
+    at, tiles, i, COUNT: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, DIGITS: tl.constexpr, ASM: tl.constexpr
+):
+    """The products of weight rows and the digits at ``at``, in fp32, summed over what a thread holds."""
+    zero = tl.zeros([ROWS, STEP], tl.int32)
+    sums = (zero,)
+    for _ in tl.static_range(DIGITS - 1):
+        sums += (zero,)
+    for step in tl.static_range(len(tiles)):
+        more = ()
+        for d in tl.static_range(DIGITS):
+            digit = tl.broadcast_to(_load(at + d * COUNT, i, step, COUNT, STEP, ""), [ROWS, STEP])
+            more += (_dp4a(tiles[step], digit, sums[d], ASM),)
+        sums = more
+    total = _lanes(sums[0], ROWS, STEP, 4).to(tl.float32)
+    for d in tl.static_range(1, DIGITS):
+        total = total * 256 + _lanes(sums[d], ROWS, STEP, 4).to(tl.float32)
+    return total
+
+
+@jit
 def _normed(
     values, gains, eps, K: tl.constexpr, DTYPE: tl.constexpr, UNIT_OFFSET: tl.constexpr, CAST_FIRST: tl.constexpr
 ):
@@ -70,9 +91,10 @@ def _one_row(
     x, x_scale, gain, residual, w0, w1, w2, s0, s1, s2, b0, b1, b2, y0, y1, y2,
     n0, n1, n2, stride0, stride1, stride2, first1, first2, eps,
     K: tl.constexpr, MEMBERS: tl.constexpr, ACT: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr,
-    NORM: tl.constexpr, UNIT_OFFSET: tl.constexpr, CAST_FIRST: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr,
+    DIGITS: tl.constexpr, NORM: tl.constexpr, UNIT_OFFSET: tl.constexpr, CAST_FIRST: tl.constexpr, PDL: tl.constexpr,
+    ASM: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows of one weight, or under ACT of both. ``first``: its first program. int8: x is [3, K] digits. NORM:
+    """ROWS rows of one weight, or under ACT of both. ``first``: its first program. int8: x is [DIGITS, K] digits. NORM:
     the 16-bit weights meet the RMS norm of x."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -132,24 +154,9 @@ def _one_row(
         number = tl.load(x_scale)
         scale *= number
         scale2 *= number
-        zero = tl.zeros([ROWS, STEP], tl.int32)
-        a0, a1, a2, u0, u1, u2 = zero, zero, zero, zero, zero, zero
-        for step in tl.static_range(STEPS):
-            d0 = _load(at_x, i, step, COUNT, STEP, "")
-            d1 = _load(at_x + COUNT, i, step, COUNT, STEP, "")
-            d2 = _load(at_x + 2 * COUNT, i, step, COUNT, STEP, "")
-            d0, d1 = tl.broadcast_to(d0, [ROWS, STEP]), tl.broadcast_to(d1, [ROWS, STEP])
-            d2 = tl.broadcast_to(d2, [ROWS, STEP])
-            a0, a1 = _dp4a(tiles[step], d0, a0, ASM), _dp4a(tiles[step], d1, a1, ASM)
-            a2 = _dp4a(tiles[step], d2, a2, ASM)
-            if PAIR:
-                u0, u1 = _dp4a(tiles2[step], d0, u0, ASM), _dp4a(tiles2[step], d1, u1, ASM)
-                u2 = _dp4a(tiles2[step], d2, u2, ASM)
-        total = _lanes(a0, ROWS, STEP, VECTOR).to(tl.float32) * 65536
-        total += (_lanes(a1, ROWS, STEP, VECTOR) * 256 + _lanes(a2, ROWS, STEP, VECTOR)).to(tl.float32)
+        total = _digit_sums(at_x, tiles, i, COUNT, ROWS, STEP, DIGITS, ASM)
         if PAIR:
-            total2 = _lanes(u0, ROWS, STEP, VECTOR).to(tl.float32) * 65536
-            total2 += (_lanes(u1, ROWS, STEP, VECTOR) * 256 + _lanes(u2, ROWS, STEP, VECTOR)).to(tl.float32)
+            total2 = _digit_sums(at_x, tiles2, i, COUNT, ROWS, STEP, DIGITS, ASM)
     else:
         total = tl.zeros([ROWS, STEP // VECTOR], tl.float32)
         total2 = total
@@ -174,28 +181,29 @@ def _one_row(
 @lru_cache(4096)
 def _bind(
     k: int, sizes: tuple[int, ...], strides: tuple[int, ...], act: str, rows: int, warps: int,
-    norm: tuple[float, bool, bool] | None, ahead: bool, *_dtypes_device: Any,
+    count: int, norm: tuple[float, bool, bool] | None, ahead: bool, *_dtypes_device: Any,
 ) -> Launch:  # fmt: skip
-    """norm: eps, unit_offset, cast_first."""
+    """count: digits; norm: eps, unit_offset, cast_first."""
     eps, *flags = norm or (0.0, False, False)
     blocks = [triton.cdiv(n, rows) for n in (sizes[:1] if act else sizes)]
     scalars = (
         *three(sizes), *three(strides), blocks[0], sum(blocks[:2]), eps, k, len(sizes), act, rows, warps,
-        norm is not None, *flags, ahead, not interpreted(),
+        count, norm is not None, *flags, ahead, not interpreted(),
     )  # fmt: skip
     return Launch(_one_row, (sum(blocks),), scalars, warps, ahead)
 
 
-def tile(k_bytes: int, int8: bool, pair: bool, norm: bool = False) -> tuple[int, int]:
-    """(weight rows of a program, its warps), as measured on an H200; at most 128 registers of weights to a thread, 64
-    under an activation, so that nothing spills. Every program makes the norm anew: larger ones make it less often."""
+def tile(k_bytes: int, n: int, int8: bool, pair: bool, norm: bool = False) -> tuple[int, int]:
+    """(weight rows of a program, its warps), as measured on an H200; at most 128 registers of weights to a thread.
+    Every program makes the norm anew: larger ones make it less often."""
     if int8:
-        rows, warps = (4, 4) if k_bytes > 8192 else (4, 2) if k_bytes > 4096 or k_bytes <= 2048 else (8, 2)
+        rows, warps = (2, 8) if k_bytes > 8192 else (4, 4) if n >= 8192 and k_bytes > 2048 else (4, 2)
+        rows, warps = (2, 1) if pair and k_bytes <= 4096 else (rows, warps)
     else:
         rows, warps = (1, 8) if k_bytes > 16384 else (2, 8) if k_bytes > 4096 else (2, 4)
-        rows = 2 * rows if norm else rows
-    rows = max(1, rows // 2) if pair else rows
-    while rows * (1 + 3 * pair) * k_bytes > warps * 32 * 512 and (rows > 1 or warps < 16):
+        rows, warps = (4, 4) if norm and k_bytes <= 8192 else (2 * rows if norm else rows, warps)
+        rows = max(1, rows // 2) if pair else rows
+    while rows * (1 + pair) * k_bytes > warps * 32 * 512 and (rows > 1 or warps < 16):
         rows, warps = (rows // 2, warps) if rows > 1 else (rows, 2 * warps)
     return rows, warps
 
@@ -212,16 +220,17 @@ def one_row(
     if x.stride(0) != 1 or x.data_ptr() & 15:
         x = x.clone(memory_format=torch.contiguous_format)
     int8 = weights[0].dtype == torch.int8
-    config = config or tile(k if int8 else 2 * k, int8, act != "", norm is not None)
     sizes = tuple([w.shape[0] for w in weights])
+    config = config or tile(k if int8 else 2 * k, sum(sizes), int8, act != "", norm is not None)
     outs = [x.new_empty((*lead, n)) for n in (sizes[:1] if act else sizes)]
     residual = None if residual is None else residual.reshape(sizes[0]).contiguous()
     gain = None if norm is None else norm.weight
+    count = digit_count(x.dtype)
     launch = _bind(
-        k, sizes, tuple([w.stride(0) for w in weights]), act, *config, norm and norm[1:], pdl(x.device), int8,
+        k, sizes, tuple([w.stride(0) for w in weights]), act, *config, count, norm and norm[1:], pdl(x.device), int8,
         x.dtype, x.device, biases[0] is None or biases[0].dtype, residual is None or residual.dtype,
         gain is None or gain.dtype,
     )  # fmt: skip
-    operand, x_scale = digits(x[None], 3, 1) if int8 else (x, None)
+    operand, x_scale = digits(x[None], count, 1) if int8 else (x, None)
     launch(operand, x_scale, gain, residual, *three(weights), *three(scales), *three(biases), *three(outs))
     return outs

@@ -86,8 +86,9 @@ def few_rows(
     residual: Tensor | None = None, act: str = "",
 ) -> list[Tensor]:  # fmt: skip
     """The kernel that measured faster for so few rows."""
-    run = _one_row.one_row if _rows(x) == 1 else _gemv.gemv
-    return run(x, weights, scales, biases, residual, act)
+    if _rows(x) == 1:
+        return _one_row.one_row(x, weights, scales, biases, residual, act)
+    return _gemv.gemv(x, weights, biases, residual, act)
 
 
 def run_gemv(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:

@@ -72,23 +72,12 @@ def test_error(shape, M):
         check(linear.OP(x, w, scale, bias, residual), x, w, scale, bias, residual)
 
 
-@pytest.mark.parametrize("M", [1, 2, 8, 9, 16, 32])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
-def test_streaming_kernel_beyond_its_table(M, dtype):
-    """It stays right where it is not the fastest."""
-    if dtype is torch.bfloat16 and M > 16:
-        M = 7
-    x, (w, scale) = rows(M, 1536, torch.bfloat16), weights(333, 1536, dtype)
-    check(_gemv.gemv(x, [w], [scale], [None])[0], x, w, scale)
-
-
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_both_kernels_for_one_row(shape):
-    for dtype in (torch.bfloat16, torch.float16, torch.int8):
-        x, (w, scale) = rows(1, shape[1], torch.bfloat16), weights(*shape, dtype)
-        x = x.half().clamp(-99, 99) if dtype is torch.float16 else x
-        for run in (_one_row.one_row, _gemv.gemv):
-            check(run(x, [w], [scale], [None])[0], x, w, scale)
+def test_streaming_kernel_for_one_row(shape):
+    """It stays right where it is not the fastest."""
+    for dtype in (torch.bfloat16, torch.float16):
+        x, (w, _) = rows(1, shape[1], dtype, dtype is torch.bfloat16), weights(*shape, dtype)
+        check(_gemv.gemv(x, [w], [None])[0], x, w, None)
 
 
 @pytest.mark.parametrize("M", [1, 5, 40])

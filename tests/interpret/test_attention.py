@@ -1,6 +1,7 @@
 """Float16 stands for the half precisions: the interpreter's dot product of bfloat16 is wrong."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -26,6 +27,8 @@ def make_mask(kind, B, H, Sq, Skv, dtype):
     if kind == "by head":
         mask = torch.rand(Sq, H, B, Skv).permute(2, 1, 0, 3) < 0.3
         return mask.index_fill(2, torch.tensor([0]), False), False
+    if kind == "first block":
+        return (j < 9).expand(B, 1, 1, Skv), False
     if kind == "dead":
         return torch.zeros(B, 1, 1, Skv, dtype=torch.bool), False
     if kind == "float":
@@ -58,6 +61,51 @@ def check(run, shape, kind, dtype, plan):
 @pytest.mark.parametrize("shape, kind", list(itertools.product(DECODE, MASKS)))
 def test_decode(shape, kind):
     check(_attention_decode.decode, shape, kind, torch.float16, _attention_decode.Plan(16, 16, 2, 4, 1))
+
+
+@pytest.fixture
+def poisoned():
+    """New tensors are full of NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+# shape, splits: heads in groups, batches, two blocks of rows; a number of splits that is no power of two
+SPLIT = [((1, 2, 2, 1, 37, 32, 32), 3), ((2, 9, 1, 2, 40, 16, 24), 3), ((3, 6, 2, 1, 64, 16, 40), 4)]
+
+
+@pytest.mark.parametrize("kind", ["none", "by head", "first block", "dead", "float"])
+@pytest.mark.parametrize("shape, splits", SPLIT)
+def test_merging_in_the_kernel_or_after_it_gives_the_same_bits(shape, splits, kind, monkeypatch, poisoned):
+    torch.manual_seed(0)
+    B, H, kv_heads, Sq, Skv, D, _ = shape
+    plan = _attention_decode.Plan(16, 16, splits, 4, 1)
+    monkeypatch.setattr(_attention_decode, "_counters", {})
+    monkeypatch.setattr(_attention_decode, "MERGED", 0)
+    mask, is_causal = make_mask(kind, B, H, Sq, Skv, torch.float32)
+    args = (*make_inputs(shape, torch.float32), mask, D**-0.5, is_causal)
+    apart = _attention_decode.decode(*args, plan)
+    assert not _attention_decode._counters
+    monkeypatch.setattr(_attention_decode, "MERGED", 2**20)
+    monkeypatch.setattr(_attention_decode, "_combine", None)
+    for _ in range(3):
+        assert torch.equal(_attention_decode.decode(*args, plan), apart)
+    (counts,) = _attention_decode._counters[torch.device("cpu"), 0, splits]
+    used = B * kv_heads * math.ceil(H // kv_heads * Sq / 16)
+    assert (counts[:used] == 3 * splits).all() and not counts[used:].any()
+
+
+def test_counters_are_kept_per_number_of_splits_and_when_more_are_needed(monkeypatch):
+    monkeypatch.setattr(_attention_decode, "_counters", {})
+    cpu = torch.device("cpu")
+    few = _attention_decode.counters(cpu, 3, 5)
+    assert _attention_decode.counters(cpu, 3, few.numel()) is few
+    many = _attention_decode.counters(cpu, 3, few.numel() + 1)
+    assert many.numel() > few.numel() and not many.any()
+    assert _attention_decode.counters(cpu, 3, 5) is many
+    assert _attention_decode.counters(cpu, 4, 5) is not many
+    assert _attention_decode._counters[cpu, 0, 3][0] is few
 
 
 @pytest.mark.parametrize("shape", DECODE)

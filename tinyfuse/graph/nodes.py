@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Node
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._pytree import tree_leaves
 
 _INPLACE_OPERATORS = {
     operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.ipow,
@@ -73,7 +74,7 @@ def writes(node: Node) -> list[Node]:
         written = node.args[:1]
     if isinstance(node.kwargs.get("out"), Node):
         written = [*written, node.kwargs["out"]]
-    return [w for w in written if is_tensor(w)]
+    return [w for w in tree_leaves(written) if is_tensor(w)]
 
 
 def storage(node: Node) -> int | None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+import tinyfuse.kernels.step_counters  # noqa: F401
 from tinyfuse.graph.nodes import is_tensor, storage, value, writes
 from tinyfuse.graph.rewrite import run_fake
 
@@ -49,11 +50,9 @@ def batch_counters(graph: Graph) -> None:
     counters = [site[0] for site in sites]
     first = next(node for node in graph.nodes if node.op != "placeholder")
     with graph.inserting_before(first):
-        copies = _emit(graph, torch._foreach_add, (counters, 0))
+        positions = _emit(graph, torch.ops.tinyfuse.step_counters.default, (counters,))
         for index, (_, position, _) in enumerate(sites):
-            one = _emit(graph, operator.getitem, (copies, index))
-            position.replace_all_uses_with(_emit(graph, torch.reshape, (one, (1,))))
-        graph.call_function(torch._foreach_add_, (counters, 1))
+            position.replace_all_uses_with(_emit(graph, operator.getitem, (positions, index)))
     for _, position, increment in sites:
         graph.erase_node(position)
         graph.erase_node(increment)

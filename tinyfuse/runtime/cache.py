@@ -111,12 +111,15 @@ class CachePool:
         return self.slots[key]
 
     def _allocate(self, slot: Slot) -> None:
+        """All counters lie in one tensor, so that one kernel advances them."""
         with torch.inference_mode(False):
-            for layer, shapes in zip(slot.cache.layers, self.shapes, strict=True):
+            counters = torch.zeros(len(slot.cache.layers), dtype=torch.long, device=self.model.device).unbind()
+            for layer, shapes, counter in zip(slot.cache.layers, self.shapes, counters, strict=True):
                 if shapes is None:
                     continue
                 keys, values = (like.new_zeros(slot.batch, like.shape[1], 0, like.shape[3]) for like in shapes)
                 layer.lazy_initialization(keys, values)
+                layer.cumulative_length = counter.to(layer.device)
                 for tensor in (layer.keys, layer.values):
                     torch._dynamo.maybe_mark_dynamic(tensor, 2)
 

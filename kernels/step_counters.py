@@ -1,0 +1,65 @@
+"""The position counters of a static cache's layers in a decode step: read, then advanced by one.
+
+counters: int64 [] each. Returns the values before, [1] each, in memory of their own.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from tinyfuse.kernels import _triton
+from tinyfuse.kernels._triton import Launch, jit, pdl, tl, triton
+from tinyfuse.op import Kernel, register
+
+
+def reference(counters: list[Tensor]) -> list[Tensor]:
+    positions = [copy.reshape(1) for copy in torch._foreach_add(counters, 0)]
+    torch._foreach_add_(counters, 1)
+    return positions
+
+
+def fake(counters: list[Tensor]) -> list[Tensor]:
+    return [counter.new_empty(1) for counter in counters]
+
+
+@jit
+def _advance(counters, positions, COUNT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    value = tl.load(counters + i, mask=i < COUNT, other=0)
+    tl.store(positions + 2 * i, value, mask=i < COUNT)
+    tl.store(counters + i, value + 1, mask=i < COUNT)
+
+
+@lru_cache(64)
+def _bind(count: int, ahead: bool, _device: torch.device) -> Launch:
+    return Launch(_advance, (1,), (count, triton.next_power_of_2(count), ahead), 1, ahead)
+
+
+def supports_triton(counters: list[Tensor]) -> str | None:
+    if any(counter.dtype != torch.int64 or counter.dim() for counter in counters):
+        return "the counters of the cache are not single 64-bit integers"
+    return _triton.missing
+
+
+def run_triton(counters: list[Tensor]) -> list[Tensor]:
+    """One launch where the counters follow each other in memory, as those of the decode loop's caches do."""
+    first = counters[0].data_ptr()
+    if any(counter.data_ptr() != first + 8 * i for i, counter in enumerate(counters)):
+        return reference(counters)
+    positions = counters[0].new_empty((len(counters), 2))  # each at a multiple of 16 bytes
+    _bind(len(counters), pdl(positions.device), positions.device)(counters[0], positions)
+    return list(positions[:, :1].unbind())
+
+
+OP = register(
+    "step_counters(Tensor(a!)[] counters) -> Tensor[]",
+    reference=reference,
+    fake=fake,
+    kernels=[Kernel("triton", "cuda", supports_triton, run_triton)],
+)
