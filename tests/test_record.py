@@ -1,6 +1,8 @@
 """Recorded graphs: equal to the code they were recorded from, at every size, and given up where the model changes."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -12,11 +14,12 @@ from tests.models import FAMILIES, build, prompt
 from tests.test_generate import SIZE
 from tinyfuse.api import optimize
 from tinyfuse.graph.record import Declined, Given, record
+from tinyfuse.quantize import quantize_
 
 
-def replay(recording, given, module=None):
+def replay(graph, recording, given):
     sizes = [given[name].shape[dim] for name, dim in recording.symbols]
-    run = GraphModule(nn.Module(), recording.graph)
+    run = GraphModule(nn.Module(), graph)
     return recording.rebuild(run(*sizes, *given.values(), *recording.constants))
 
 
@@ -41,12 +44,12 @@ def test_a_recording_is_the_code_at_every_size():
     first = sample(9)
     kept = {name: tensor.clone() for name, tensor in first.items()}
     given = {"x": Given(first["x"], (1,)), "mask": Given(first["mask"], (1,)), "state": Given(first["state"])}
-    recording = record(lambda fakes: mixed(**fakes), given, {})
+    graph, recording = record(lambda fakes: mixed(**fakes), given, {})
     assert all(torch.equal(first[name], kept[name]) for name in kept)
     for length in (9, 5, 14):
         given, same = sample(length), sample(length)
         assert recording.holds(given)
-        made, expected = replay(recording, given), mixed(**same)
+        made, expected = replay(graph, recording, given), mixed(**same)
         assert made["n"] == (1, None)
         for name in ("y", "where", "state"):
             assert torch.equal(made[name], expected[name])
@@ -57,7 +60,7 @@ def test_a_size_that_decides_is_a_guard():
     def call(fakes):
         return fakes["x"] * 2 if fakes["x"].shape[0] > 6 else fakes["x"] - 1
 
-    recording = record(call, {"x": Given(torch.ones(5), (0,))}, {})
+    _, recording = record(call, {"x": Given(torch.ones(5), (0,))}, {})
     assert recording.holds({"x": torch.ones(6)}) and not recording.holds({"x": torch.ones(7)})
 
 
@@ -176,3 +179,16 @@ def test_a_model_that_writes_its_attributes_is_left_to_dynamo():
     assert torch.equal(made, stock.generate(ids, max_new_tokens=4, do_sample=False))
     assert set(model._tinyfuse.recordings.declined.values()) == {"the forward changes the model's attributes"}
     assert type(model.model.layers[0].mlp.last) is torch.Tensor
+
+
+def test_quantising_an_optimised_model_frees_the_float_weights():
+    ids = torch.tensor([[5, 17, 33, 2, 8, 61]])
+    model, stock = optimize(llama()), llama()
+    model.generate(ids, max_new_tokens=4, do_sample=False)
+    weights = [weakref.ref(layer.mlp.down_proj.weight) for layer in model.model.layers]
+    quantize_(model)
+    gc.collect()
+    assert all(weight() is None for weight in weights)
+    quantize_(stock)
+    options = {"max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(model.generate(ids, **options), stock.generate(ids, **options))

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import tinyfuse.kernels.linear  # noqa: F401  (defines torch.ops.tinyfuse.linear)
+from tinyfuse.runtime.instance import ATTRIBUTE
 
 SCHEMES = ("int8",)
 SMALLEST = 32  # a layer with N or K below this is left alone: nothing to win
@@ -176,6 +177,9 @@ def quantize_(
     report = QuantizeReport(scheme, bytes_before=_bytes(model))
     groups = _choose(model, filter_fn, report.skipped)
     scales = [_scale(*group[0]) for group in groups]
+    for module in model.modules():  # graphs of an optimised model hold the float weights
+        if ATTRIBUTE in vars(module):
+            vars(module)[ATTRIBUTE].release()
     for group, scale in zip(groups, scales, strict=True):
         report.modules += _convert(group, scale)
     _tie_scales(model, {f"{name}.weight" for group in groups if len(group) > 1 for name, _ in group})

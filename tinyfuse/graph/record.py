@@ -1,7 +1,7 @@
 """A graph of one call of a model, at the level of torch functions, recorded by running the call on fake tensors.
 
 The decode loop knows every tensor of a call and repeats the call on the same memory, so it needs none of Dynamo's
-bytecode analysis: one run of the Python code under a ``TorchFunctionMode`` gives the same graph thirty times sooner.
+bytecode analysis: one run of the Python code under a ``TorchFunctionMode`` gives the same graph several times sooner.
 What a run cannot show (a value of a tensor that decides what the code does) ends the recording with the reason.
 """
 
@@ -45,11 +45,10 @@ class Given:
 
 @dataclass
 class Recording:
-    """``graph`` takes ``symbols`` (sizes, as (name of a given tensor, dimension)), then the given tensors in their
-    order, then ``constants``, and returns the tensors among what the call returned.
+    """What belongs to a recorded graph. It takes ``symbols`` (sizes, as (name of a given tensor, dimension)), then the
+    given tensors in their order, then ``constants``, and returns the tensors among what the call returned.
     """
 
-    graph: Graph
     symbols: list[tuple[str, int]]
     constants: list[Tensor]
     result: Callable[[Iterator[Any]], Any]
@@ -70,7 +69,7 @@ class Recording:
 
 def record(
     call: Callable[[dict[str, FakeTensor]], Any], given: Mapping[str, Given], modules: Mapping[int, str]
-) -> Recording:
+) -> tuple[Graph, Recording]:
     """Record ``call(fakes)``, where ``fakes`` stand for the ``given`` tensors, which are not touched.
 
     ``modules``: the paths of the modules it may enter, by ``id``. Raises Declined, and what the call raises.
@@ -92,7 +91,7 @@ def record(
     guarded = list({tuple(map(str, fake.shape)): name for name, fake in reversed(fakes.items())}.values())
     expression = mode.shape_env.produce_guards_expression([fakes[name] for name in guarded])
     guard = compile(expression, "<guards>", "eval") if expression else None
-    return Recording(recorder.graph, symbols, recorder.constants, rebuild, guard, guarded)
+    return recorder.graph, Recording(symbols, recorder.constants, rebuild, guard, guarded)
 
 
 _TENSOR = object()

@@ -23,7 +23,8 @@ MOST = 4  # recordings of one kind, which differ in what the code decided by siz
 CACHE = "past_key_values"
 STATE = ("keys", "values", "cumulative_length")
 PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
-WATCHED = ("_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks")
+# nn.Module's own containers that do not bear on its forward: there are many.
+UNWATCHED = vars(nn.Module()).keys() - {"_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks"}
 
 
 class Watch:
@@ -34,7 +35,8 @@ class Watch:
         self.tensors = [*model.parameters(), *model.buffers()]
         self.kinds = {type(module) for module in self.modules}
         attributes = [vars(owner) for owner in (*self.modules, *_configs(self.modules))]
-        held = [value for owner in attributes for name, value in owner.items() if _is_watched(name, value)]
+        held = [value for owner in attributes for name, value in owner.items() if name not in UNWATCHED]
+        held = [value for value in held if isinstance(value, (dict, list, set))]
         self.containers = [(container, copy.copy(container)) for container in (*attributes, *held)]
         self.memory, self.code = self._memory(), self._code()
 
@@ -47,7 +49,7 @@ class Watch:
     def changed(self) -> bool:
         try:
             changed = any(now != then for now, then in self.containers)
-        except RuntimeError:  # tensors were compared, so one stands where another one stood
+        except (RuntimeError, ValueError):  # arrays were compared, so one stands where another one stood
             return True
         return changed or self._memory() != self.memory or self._code() != self.code
 
@@ -56,11 +58,6 @@ class Watch:
         for now, then in self.containers:
             now.clear()
             now.extend(then) if isinstance(now, list) else now.update(then)
-
-
-def _is_watched(name: str, value: Any) -> bool:
-    """nn.Module's own containers that do not bear on its forward are left out: there are many."""
-    return isinstance(value, (dict, list, set)) and (name in WATCHED or name not in vars(nn.Module()))
 
 
 def _configs(modules: list[nn.Module]) -> Iterator[PretrainedConfig]:
@@ -168,14 +165,14 @@ class Recordings:
 
         watch = Watch(self.model)
         try:
-            recording = record(call, given, {id(module): path for path, module in self.model.named_modules()})
+            graph, recording = record(call, given, {id(module): path for path, module in self.model.named_modules()})
         finally:
             if changed := watch.changed():
                 watch.restore()
         if changed:
             raise Declined("the forward changes the model's attributes")
         with collect(self.report):
-            return Compiled(recording, compile_graph(recording.graph), kinds[0])
+            return Compiled(recording, compile_graph(graph), kinds[0])
 
 
 class _Cache:
