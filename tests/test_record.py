@@ -64,6 +64,13 @@ def test_a_size_that_decides_is_a_guard():
     assert recording.holds({"x": torch.ones(6)}) and not recording.holds({"x": torch.ones(7)})
 
 
+def test_sizes_that_were_equal_by_chance_need_not_stay_equal():
+    given = {"x": Given(torch.ones(5), (0,)), "y": Given(torch.ones(5), (0,))}
+    _, recording = record(lambda fakes: fakes["x"] + fakes["y"], given, {})
+    assert recording.holds({"x": torch.ones(8), "y": torch.ones(8)})
+    assert not recording.holds({"x": torch.ones(8), "y": torch.ones(9)})
+
+
 @pytest.mark.parametrize(
     "look",
     [

@@ -37,10 +37,14 @@ class Declined(Exception):
 
 @dataclass
 class Given:
-    """A tensor that a call is given: its sizes in ``dynamic`` dimensions, which must exceed 1, may differ next time."""
+    """A tensor that a call is given: its sizes in ``dynamic`` dimensions, which must exceed 1, may differ next time.
+
+    Tensors of one ``group`` that agree in their sizes now always will.
+    """
 
     tensor: Tensor
     dynamic: Sequence[int] = ()
+    group: str = ""
 
 
 @dataclass
@@ -87,8 +91,7 @@ def record(
     def rebuild(outputs: Iterator[Any]) -> Any:
         return tree_unflatten([next(outputs) if leaf is _TENSOR else leaf for leaf in leaves], spec)
 
-    # Fakes of one symbol in the same place say the same: one of each kind is enough to check.
-    guarded = list({tuple(map(str, fake.shape)): name for name, fake in reversed(fakes.items())}.values())
+    guarded = list({(given[name].group or name, str(fake.shape)): name for name, fake in fakes.items()}.values())
     expression = mode.shape_env.produce_guards_expression([fakes[name] for name in guarded])
     guard = compile(expression, "<guards>", "eval") if expression else None
     return recorder.graph, Recording(symbols, recorder.constants, rebuild, guard, guarded)

@@ -225,7 +225,7 @@ def _cache_tensors(cache: StaticCache) -> dict[str, Given]:
         if isinstance(layer, StaticLayer):
             for name in STATE:
                 tensor = getattr(layer, name)
-                given[f"{CACHE}.{index}.{name}"] = Given(tensor, (2,) if tensor.dim() == 4 else ())
+                given[f"{CACHE}.{index}.{name}"] = Given(tensor, (2,) if tensor.dim() == 4 else (), CACHE)
     return given
 
 
