@@ -56,6 +56,40 @@ def test_a_recording_is_the_code_at_every_size():
         assert torch.equal(given["state"], torch.ones(3))
 
 
+@torch.library.custom_op("tinyfuse_tests::bump", mutates_args=("x",))
+def bump(x: torch.Tensor) -> None:
+    x.add_(1)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda x: bump(x),
+        lambda x: torch.ops.tinyfuse_tests.bump(x),
+        lambda x: torch.ops.aten.add_.Tensor(x, 2),
+        lambda x: torch.add(x, 3, out=x),
+        lambda x: torch.nn.functional.relu(x, inplace=True),
+        lambda x: torch.nn.functional.relu(x, True),
+        lambda x: x.__setitem__(0, 7.0),
+        lambda x: x[1:].mul_(2),
+        lambda x: torch._foreach_add_([x], 1),
+        lambda x: x.copy_(torch.arange(4.0)),
+    ],
+)
+def test_every_write_is_recorded(write):
+    def call(fakes):
+        y = fakes["x"] * 1
+        write(fakes["x"])
+        write(y)
+        return y + fakes["x"]
+
+    start = torch.tensor([-1.0, 2.0, -3.0, 4.0])
+    graph, recording = record(call, {"x": Given(start.clone())}, {})
+    made, same = {"x": start.clone()}, {"x": start.clone()}
+    assert torch.equal(replay(graph, recording, made), call(same))
+    assert torch.equal(made["x"], same["x"])
+
+
 def test_a_size_that_decides_is_a_guard():
     def call(fakes):
         return fakes["x"] * 2 if fakes["x"].shape[0] > 6 else fakes["x"] - 1

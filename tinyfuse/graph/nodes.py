@@ -66,8 +66,8 @@ def writes(node: Node) -> list[Node]:
             written = node.args[:1]
     elif node.target in _INPLACE_OPERATORS or node.kwargs.get("inplace"):
         written = node.args[:1]
-    elif isinstance(node.target, torch._ops.OpOverload):
-        schema = node.target._schema
+    elif (overload := _overload(node.target)) is not None:
+        schema = overload._schema
         if schema.is_mutable:
             written = [a for a, s in zip(node.args, schema.arguments, strict=False) if s.is_write]
     elif getattr(node.target, "__name__", "").endswith("_") and not node.target.__name__.endswith("__"):
@@ -75,6 +75,13 @@ def writes(node: Node) -> list[Node]:
     if isinstance(node.kwargs.get("out"), Node):
         written = [*written, node.kwargs["out"]]
     return [w for w in tree_leaves(written) if is_tensor(w)]
+
+
+def _overload(target: Any) -> torch._ops.OpOverload | None:
+    """The operator that ``target`` is; of a packet, the overload without a name."""
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        target = getattr(target, "default", None)
+    return target if isinstance(target, torch._ops.OpOverload) else None
 
 
 def storage(node: Node) -> int | None:

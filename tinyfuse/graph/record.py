@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
+from torch._ops import OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, Node, Proxy
 from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP, DimDynamic, ShapeEnv, StatelessSymbolicContext
@@ -133,7 +134,15 @@ _READS = {
     "item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__complex__", "__array__", "data_ptr",
     "equal", "allclose", "is_nonzero", "__contains__", "__reduce_ex__", "__deepcopy__", "untyped_storage", "storage",
 }  # fmt: skip
-_SILENT = {torch._C._set_grad_enabled, torch._C._log_api_usage_once}
+
+
+def _declared_to_write(func: Any, name: str) -> bool:
+    """By schema or by name: custom operators and data-less writes may leave a tensor's version as it is."""
+    if isinstance(func, OpOverloadPacket):
+        return any(getattr(func, overload)._schema.is_mutable for overload in func.overloads())
+    if isinstance(func, OpOverload):
+        return func._schema.is_mutable
+    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
@@ -195,12 +204,14 @@ class _Recorder(TorchFunctionMode):
             raise Declined(f"the model looks at the value of a tensor ({name})" if name in _READS else "data is set")
         if name == "_enter_autocast" and True in args[2:3]:
             raise Declined("the model enters autocast")
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        before = [tensor._version for tensor in given]
         result = _linear(*args) if func is F.linear and not kwargs else None
         result = func(*args, **kwargs) if result is None else result
         tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        changes = (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
+        changes = before != [tensor._version for tensor in given] or _declared_to_write(func, name)
         passed_on = args[0] if args else None  # as by a conversion to the dtype that it has
-        if (changes and func not in _SILENT) or any(tensor is not passed_on for tensor in tensors):
+        if changes or any(tensor is not passed_on for tensor in tensors):
             self._append(func, name, args, kwargs, result, tensors)
         return result
 
