@@ -11,7 +11,7 @@ from functools import partial
 
 from torch import Tensor
 
-from tinyfuse.kernels import _gemm, _gemv, _norm_digits, _one_row, linear_group, rms_norm
+from tinyfuse.kernels import _gemm, _norm_digits, _one_row, linear, linear_group, rms_norm
 from tinyfuse.kernels._rows import Norm
 from tinyfuse.op import Kernel, register
 
@@ -52,9 +52,7 @@ def supports_one_row(
 ) -> str | None:  # fmt: skip
     if x.numel() != x.shape[-1]:
         return "the fused norm and matrix-vector product take one row of x"
-    if len(weights) > 3:
-        return "the GPU matrix-vector products take at most 3 weights together"
-    return _norm_digits.reason(x, weight) or _gemv.reason(x, weights, scales, biases)
+    return _norm_digits.reason(x, weight) or linear.few_rows_reason(x, weights, scales, biases)
 
 
 def run_one_row(

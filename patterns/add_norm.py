@@ -9,6 +9,7 @@ import tinyfuse.kernels.add_layer_norm
 import tinyfuse.kernels.add_rms_norm  # noqa: F401
 from tinyfuse.graph.nodes import is_static, same_shape, value
 from tinyfuse.graph.pattern import Check, Pattern, anything, call, optional, scalar, tensor
+from tinyfuse.kernels import _gemm, _gemv
 
 ops = torch.ops.tinyfuse
 x, residual = tensor("x residual")
@@ -30,7 +31,7 @@ def takes_residual(node):
         return False
     rows, _, scale, _, residual = node.args
     shape = value(rows).shape
-    few = 8 if scale is None else 256
+    few = _gemv.MOST_ROWS if scale is None else _gemm.MOST_ROWS
     return residual is None and is_static(value(rows)) and shape.numel() <= few * shape[-1]
 
 

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 
 from tests.tolerance import assert_as_exact_as_eager
-from tinyfuse import fallback
 from tinyfuse.kernels import (
     _gemm,
     _gemv,
@@ -21,19 +20,9 @@ from tinyfuse.kernels import (
     rms_norm_linear_group,
 )
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("strict")]
 
 SHAPES = [(341, 576), (1, 64), (1000, 1536), (257, 2048), (512, 11008), (96, 14336), (4099, 208)]
-
-
-@pytest.fixture(autouse=True)
-def strict(monkeypatch):
-    """Uninitialised memory holds NaN, and a kernel that fails is an error."""
-    monkeypatch.setattr(fallback, "mode", "error")
-    torch.manual_seed(0)
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def weights(N, K, dtype):

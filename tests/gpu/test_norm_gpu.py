@@ -6,26 +6,15 @@ import pytest
 import torch
 
 from tests import row_ops
-from tinyfuse import fallback
 from tinyfuse.kernels import _rows, _triton, add_rms_norm, gated_act, kv_append, layer_norm, rms_norm, rope, rope_append
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("strict")]
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
 def of(op):
     return op.__name__.rpartition(".")[2]
-
-
-@pytest.fixture(autouse=True)
-def strict(monkeypatch):
-    """Uninitialised memory holds NaN, and a kernel that fails is an error."""
-    monkeypatch.setattr(fallback, "mode", "error")
-    torch.manual_seed(0)
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def residual_like(op, x):

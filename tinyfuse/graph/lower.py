@@ -58,18 +58,14 @@ def _replayable(node: Node, choice: Choice) -> bool:
     return all(is_static(v) and v.device.type == "cpu" for v in results)
 
 
-def _static_inputs(node: Node) -> bool:
-    return _is_fixed(node.args)
-
-
 def _is_fixed(arg: Any) -> bool:
-    """Whether an argument holds static shapes and no symbolic number."""
+    """Whether an argument, or several, hold static shapes and no symbolic number."""
     values = [v for item in tree_leaves(arg) if isinstance(item, Node) for v in tree_leaves(value(item))]
     return all(is_static(v) if isinstance(v, torch.Tensor) else not isinstance(v, torch.SymInt) for v in values)
 
 
 def _bind(op: Op, node: Node) -> tuple[Choice, Callable[..., Any]]:
-    if not _static_inputs(node):
+    if not _is_fixed(node.args):
         return Choice(AT_RUN_TIME, None), _callable(op, _at_run_time(op, node))
     kernel, reason = op.choose(*map_arg(node.args, value))
     if kernel is None:
@@ -109,7 +105,7 @@ def _refresh_values(graph: Graph) -> None:
     for node in graph.nodes:
         if node.op != "call_function" or node.kwargs:
             continue
-        if (op_of(node) and _static_inputs(node)) or any(n in changed for n in node.all_input_nodes):
+        if (op_of(node) and _is_fixed(node.args)) or any(n in changed for n in node.all_input_nodes):
             before, after = value(node), run_fake(node)
             node.meta["example_value"] = after
             if not isinstance(before, torch.Tensor) or before.stride() != after.stride():

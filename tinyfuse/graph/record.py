@@ -200,8 +200,10 @@ class _Recorder(TorchFunctionMode):
         if func is Tensor.__iter__:
             with self:
                 return iter(torch.unbind(args[0]))
-        if name in _READS or name == "__set__":
-            raise Declined(f"the model looks at the value of a tensor ({name})" if name in _READS else "data is set")
+        if name in _READS:
+            raise Declined(f"the model looks at the value of a tensor ({name})")
+        if name == "__set__":
+            raise Declined("the model sets an attribute of a tensor")
         if name == "_enter_autocast" and True in args[2:3]:
             raise Declined("the model enters autocast")
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]

@@ -119,11 +119,13 @@ class Recordings:
 
     def bind(self, arguments: dict[str, Any], stage: str) -> Bound | str:
         """The graph of ``forward(**arguments)``, or why there is none. Calls of one ``stage`` share graphs."""
+        if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
+            return "autocast is on"
         try:
             given, rest = _split(arguments)
         except Declined as reason:
             return str(reason)
-        kind = (stage, torch.is_autocast_enabled("cuda"), torch.is_autocast_enabled("cpu"), *_kind(given), *rest)
+        kind = (stage, *_kind(given), *rest)
         if kind in self.declined:
             return self.declined[kind]
         tensors = {name: item.tensor for name, item in given.items()}
@@ -148,8 +150,6 @@ class Recordings:
             raise Declined(f"the sizes of its inputs lead the model's code more than {MOST} ways")
         if any(module._forward_hooks or module._forward_pre_hooks for module in self.model.modules()):
             raise Declined("a module has forward hooks")
-        if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
-            raise Declined("autocast is on")
         kinds: list[type[ModelOutput]] = []
 
         def call(fakes: dict[str, Tensor]) -> dict[str, Any]:
