@@ -198,9 +198,10 @@ def tile(k_bytes: int, n: int, int8: bool, pair: bool, norm: bool = False) -> tu
     Every program makes the norm anew: larger ones make it less often."""
     if int8:
         rows, warps = (2, 8) if k_bytes > 8192 else (4, 4) if n >= 8192 and k_bytes > 2048 else (4, 2)
+        rows, warps = (8, 1) if k_bytes <= 1024 else (rows, warps)
         rows, warps = (2, 1) if pair and k_bytes <= 4096 else (rows, warps)
     else:
-        rows, warps = (1, 8) if k_bytes > 16384 else (2, 8) if k_bytes > 4096 else (2, 4)
+        rows, warps = (1, 8) if k_bytes > 16384 else (2, 8) if k_bytes > 4096 else (2, 4) if k_bytes > 2048 else (4, 2)
         rows, warps = (4, 4) if norm and k_bytes <= 8192 else (2 * rows if norm else rows, warps)
         rows = max(1, rows // 2) if pair else rows
     while rows * (1 + pair) * k_bytes > warps * 32 * 512 and (rows > 1 or warps < 16):

@@ -175,8 +175,9 @@ def test_bench_writes_every_column(tmp_path: Path, capsys: pytest.CaptureFixture
     assert {name: type(row[name]) for name in ROW} == ROW
     assert [len(values) for values in row["values"].values()] == [2, 2, 2]
     assert row["batch"] == 2 and row["same_text"] == 1 and row["top1"] == 1
-    shown = capsys.readouterr().out
-    assert "stock-eager" in shown and "decode" in shown
+    shown = capsys.readouterr()
+    assert "stock-eager" in shown.out and "decode" in shown.out
+    assert " s  preparing stock-eager" in shown.err  # of a run that is killed, this is all there is
 
 
 def test_bench_says_what_was_fused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

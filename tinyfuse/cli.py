@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -213,7 +214,7 @@ def _console():
 
 
 class _Progress:
-    """A bar on stderr where that is a terminal, gone when the work is done."""
+    """A bar on stderr where that is a terminal, gone when the work is done; elsewhere a line for each new step."""
 
     def __enter__(self) -> _Progress:
         from rich.console import Console
@@ -224,10 +225,14 @@ class _Progress:
         self.bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self.task = self.bar.add_task("starting", total=None, completed=-1)
         self.bar.start()
+        self.began, self.text = time.monotonic(), ""
         return self
 
     def step(self, text: str, total: int) -> None:
         self.bar.update(self.task, description=text, total=total, advance=1)
+        if self.bar.disable and text != self.text:
+            print(f"{time.monotonic() - self.began:6.1f} s  {text}", file=sys.stderr, flush=True)
+        self.text = text
 
     def __exit__(self, *exc: object) -> None:
         self.bar.stop()
