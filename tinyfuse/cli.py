@@ -214,7 +214,8 @@ def _console():
 
 
 class _Progress:
-    """A bar on stderr where that is a terminal, gone when the work is done; elsewhere a line for each new step."""
+    """A bar on stderr where that is a terminal, gone when the work is done; elsewhere a line for each step
+    after the first, which is when a bad request shows."""
 
     def __enter__(self) -> _Progress:
         from rich.console import Console
@@ -230,7 +231,7 @@ class _Progress:
 
     def step(self, text: str, total: int) -> None:
         self.bar.update(self.task, description=text, total=total, advance=1)
-        if self.bar.disable and text != self.text:
+        if self.bar.disable and self.text not in ("", text):
             print(f"{time.monotonic() - self.began:6.1f} s  {text}", file=sys.stderr, flush=True)
         self.text = text
 
