@@ -17,18 +17,21 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     LogitsProcessor,
+    LogitsProcessorList,
     MaxTimeCriteria,
     MistralConfig,
     MixtralConfig,
     OPTConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    RepetitionPenaltyLogitsProcessor,
     StoppingCriteria,
     pipeline,
 )
 from transformers.generation.streamers import BaseStreamer
 
 from tinyfuse.api import optimize, restore
+from tinyfuse.runtime.tail import Tail
 
 SIZE = {
     "hidden_size": 32,
@@ -138,16 +141,46 @@ SAMPLING = [
     {"top_k": 5, "temperature": 1.3},
     {"top_p": 0.6, "top_k": 0},
     {"min_p": 0.1},
-    {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2},
+    {"typical_p": 0.8, "epsilon_cutoff": 0.001},
+    {"repetition_penalty": 1.5, "renormalize_logits": True},
+    {"repetition_penalty": 1.5, "min_new_tokens": 8, "eos_token_id": list(range(48))},
+    {"remove_invalid_values": True, "max_time": 1000.0},
     {"num_return_sequences": 3},
+]
+HOST_SAMPLING = [
+    {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2},
+    {"eta_cutoff": 0.01},
+    {"forced_eos_token_id": 7},
 ]
 
 
-@pytest.mark.parametrize("arguments", SAMPLING, ids=lambda arguments: "-".join(arguments))
-def test_sampling(covered, arguments):
+@pytest.mark.parametrize("arguments", [*SAMPLING, *HOST_SAMPLING], ids="-".join)
+def test_sampling(covered, arguments, monkeypatch):
+    """The tokens that stock draws, chosen on the device where nothing that chooses them needs the host."""
+    pick, picked = Tail.pick, []
+    monkeypatch.setattr(Tail, "pick", lambda self, logits: picked.append(pick(self, logits)))
     prompt = ONE if "num_return_sequences" in arguments else PADDED
     for seed in (1, 2):
         covered.same(**prompt, seed=seed, **arguments)
+    assert (len(picked) > 0) == (arguments in SAMPLING)
+
+
+def test_a_set_of_tokens_may_leave_out_the_prompt(covered):
+    for ignored in (0, 4, 9, 11, 40):
+        own = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(2.5, prompt_ignore_length=ignored)])
+        covered.same(**PADDED, logits_processor=own)
+
+
+def test_nothing_to_draw_from(llama):
+    """An error as in stock, if some tokens later, and a model that goes on."""
+    head = llama.fast.lm_head.weight
+    before = llama.same(**ONE)
+    held = head.detach().clone()
+    head.data.fill_(torch.nan)
+    with pytest.raises(RuntimeError, match="probability tensor contains either"):
+        llama.fast.generate(**ONE, max_new_tokens=6, do_sample=True)
+    head.data.copy_(held)
+    assert torch.equal(llama.same(**ONE), before)
 
 
 @pytest.mark.parametrize("prompt", [ONE, PADDED], ids=["one", "padded"])
@@ -269,9 +302,10 @@ def test_prompt_of_one_token(covered):
 
 
 def test_inference_mode(covered):
-    with torch.inference_mode():
-        covered.same(**ONE)
-    covered.same(**ONE)
+    for arguments in ({}, {"seed": 1, "repetition_penalty": 1.3}):
+        with torch.inference_mode():
+            covered.same(**ONE, **arguments)
+        covered.same(**ONE, **arguments)
 
 
 STOCK = [

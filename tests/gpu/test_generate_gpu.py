@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaCo
 from transformers.generation.streamers import BaseStreamer
 
 from tinyfuse.api import optimize, restore
-from tinyfuse.runtime.step import Captured, Step
+from tinyfuse.runtime.step import TAILS, Captured, Step
+from tinyfuse.runtime.tail import Tail
 
 pytestmark = pytest.mark.gpu
 
@@ -67,13 +68,11 @@ class Pair:
         assert torch.equal(drawn, drawn_too), "the random numbers that follow differ"
         return tokens
 
+    def slots(self):
+        return self.fast._tinyfuse.pool.slots.values()
+
     def runners(self):
-        return [
-            runner
-            for slot in self.fast._tinyfuse.pool.slots.values()
-            for step in slot.steps.values()
-            for runner in step.runners.values()
-        ]
+        return [runner for slot in self.slots() for step in slot.steps.values() for runner in step.runners.values()]
 
 
 @pytest.fixture(scope="module")
@@ -93,10 +92,30 @@ def test_families(family):
     assert pair.runners() and all(isinstance(runner, Captured) for runner in pair.runners())
 
 
-def test_sampling_and_processors(llama):
-    for arguments in ({"top_k": 5}, {"top_p": 0.7, "temperature": 1.4}, {"repetition_penalty": 1.4}):
-        llama.same(PADDED, seed=1, **arguments)
-        llama.same(ONE, **{k: v for k, v in arguments.items() if k == "repetition_penalty"})
+CHOICES = [
+    {"top_k": 5},
+    {"top_p": 0.7, "temperature": 1.4, "top_k": 0},
+    {"min_p": 0.05, "top_k": 0},
+    {"typical_p": 0.8, "epsilon_cutoff": 0.001},
+    {"repetition_penalty": 1.4},
+    {"repetition_penalty": 1.2, "no_repeat_ngram_size": 2},
+]
+
+
+@pytest.mark.parametrize("arguments", CHOICES, ids="-".join)
+def test_sampling_and_processors(llama, arguments):
+    for seed in (1, 2, 1):
+        llama.same(PADDED, seed=seed, **arguments)
+        llama.same(ONE, seed=seed, **arguments)
+    if "repetition_penalty" in arguments:
+        llama.same(ONE, **arguments)
+        llama.same(PADDED, min_new_tokens=9, eos_token_id=list(range(40)), **arguments)
+
+
+def test_many_choices_keep_few_graphs(llama):
+    for temperature in range(1, 13):
+        llama.same(ONE, seed=1, temperature=temperature / 4)
+    assert all(len(step.runners) <= TAILS + 1 for slot in llama.slots() for step in slot.steps.values())
 
 
 @pytest.mark.parametrize("seed", [None, 5])
@@ -184,22 +203,27 @@ def test_threads_and_streams(llama):
     assert all(torch.equal(a, b) for a, b in zip(expected, results, strict=True))
 
 
-def test_greedy_tokens_do_not_wait_for_the_host(llama):
+@pytest.mark.parametrize("arguments", [{"do_sample": False}, *({"do_sample": True} | c for c in CHOICES[:-1])])
+def test_tokens_do_not_wait_for_the_host(llama, arguments):
     prompt = ONE["input_ids"].cuda()
-    llama.fast.generate(prompt, do_sample=False, max_new_tokens=30)
+    llama.fast.generate(prompt, max_new_tokens=30, **arguments)
     waits = []
     run = Step.runner
 
-    def count(self, greedy=None):
+    def count(self, tail=None):
         torch.cuda.set_sync_debug_mode("error")
         waits.append(1)
-        return run(self, greedy)
+        return run(self, tail)
 
-    Step.runner = count
+    def check(self):
+        torch.cuda.set_sync_debug_mode("default")
+        return looked(self)
+
+    Step.runner, looked, Tail.check = count, Tail.check, check
     try:
-        llama.fast.generate(prompt, do_sample=False, max_new_tokens=30)
+        llama.fast.generate(prompt, max_new_tokens=30, **arguments)
     finally:
-        Step.runner = run
+        Step.runner, Tail.check = run, looked
         torch.cuda.set_sync_debug_mode("default")
     assert waits == [1]
 

@@ -1,13 +1,14 @@
 """The decode loop: transformers' ``_sample`` on static memory, with one graph per token and no wait per token.
 
 Covers greedy decoding and sampling of one sequence per prompt. Same semantics as ``GenerationMixin._sample``:
-processors and criteria are called as given, finished rows are padded, and the random numbers are drawn by the same
-calls in the same order.
+processors and criteria are called as given, finished rows are padded, and the same random numbers are drawn in the same
+order.
 """
 
 from __future__ import annotations
 
 import inspect
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -17,12 +18,12 @@ from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.cache_utils import DynamicCache
 from transformers.generation.configuration_utils import GenerationConfig, GenerationMode
-from transformers.generation.logits_process import MinLengthLogitsProcessor, MinNewTokensLengthLogitsProcessor
-from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerationMixin
 
 from tinyfuse.runtime.cache import Slot
-from tinyfuse.runtime.step import Greedy, Inputs, NotAdvanceable, Step, block_rows, kind
+from tinyfuse.runtime.step import Inputs, NotAdvanceable, Step, block_rows, kind
+from tinyfuse.runtime.tail import Choice, Tail, choice
 
 LAG = 2  # tokens that the device may be ahead of the host's check for the end
 
@@ -154,15 +155,6 @@ class Decoder:
         run = self.step.runner() if self.verified else self.step.logits
         return run()
 
-    def greedy(self, token: Tensor, eos: Tensor, banned: Tensor, pad: Tensor | None, unfinished: Tensor) -> Greedy:
-        """Hand over to the device: from ``token`` on, ``step.runner(greedy)`` picks and feeds."""
-        counts = len(eos), len(banned)
-        tail = self.step.greedy.get(counts)
-        if tail is None:
-            tail = self.step.greedy[counts] = Greedy(self.step.inputs.token, self.slot.length, *counts)
-        tail.begin(token, eos, banned, pad, unfinished)
-        return tail
-
     def _begin(self) -> None:
         if reason := self.runtime.hooked():
             self.runtime.fall_back(reason)
@@ -226,18 +218,19 @@ class Decoder:
 class Check:
     """Brings the chosen tokens to the host for the streamer and the end, ``lag`` tokens late so that nothing waits.
 
-    ``kept`` is the number of tokens up to the one that finished the last row; None while some row goes on.
+    ``kept`` is the number of tokens up to the one that finished the last row, or that came after ``deadline`` (seconds
+    since the epoch); None while some row goes on.
     """
 
-    def __init__(self, batch: int, eos: list[int], streamer: Any, lag: int):
-        self.eos, self.streamer, self.lag = frozenset(eos), streamer, lag
+    def __init__(self, batch: int, eos: list[int], streamer: Any, lag: int, deadline: float | None):
+        self.eos, self.streamer, self.lag, self.deadline = frozenset(eos), streamer, lag, deadline
         self.running = set(range(batch))
         self.pending: deque[tuple[Tensor, Any]] = deque()
         self.seen, self.kept = 0, None
 
     def push(self, token: Tensor) -> bool:
         """Note the next token [batch]; whether every row is known to have ended."""
-        if not self.eos and self.streamer is None:
+        if not self.eos and self.streamer is None and self.deadline is None:
             return False
         if self.lag:
             host = torch.empty(token.shape, dtype=token.dtype, pin_memory=True)
@@ -264,8 +257,8 @@ class Check:
         if self.eos:
             values = token.tolist()
             self.running = {row for row in self.running if values[row] not in self.eos}
-            if not self.running:
-                self.kept = self.seen
+        if not self.running or (self.deadline is not None and time.time() > self.deadline):
+            self.kept = self.seen
 
 
 def generate_tokens(
@@ -342,21 +335,23 @@ class Loop:
     ):
         self.runtime, self.slot, self.input_ids, self.limit = runtime, slot, input_ids, limit
         self.processors, self.criteria, self.config, self.streamer = processors, criteria, config, streamer
-        self.banned = _always_banned(processors, input_ids, limit)
-        self.sampled, self.recorded = config.do_sample, config.return_dict_in_generate
-        # Criteria other than a length and ids may look at anything, so they are called at every token.
-        self.plain = all(type(c) in (MaxLengthCriteria, EosTokenCriteria) for c in criteria)
+        self.sampled, records = config.do_sample, config.return_dict_in_generate
+        self.keeps_scores, self.keeps_logits = records and config.output_scores, records and config.output_logits
+        # Other criteria may look at anything, so they are called at every token.
+        self.plain = all(type(c) in (MaxLengthCriteria, EosTokenCriteria, MaxTimeCriteria) for c in criteria)
         self.pads = any(hasattr(c, "eos_token_id") for c in criteria)
         eos = [c.eos_token_id.to(input_ids.device) for c in criteria if type(c) is EosTokenCriteria]
         self.eos = torch.cat(eos).unique() if eos else input_ids.new_zeros(0)
         self.pad = config._pad_token_tensor.to(input_ids.device) if self.pads else None
         self.unfinished = torch.ones(len(input_ids), dtype=torch.long, device=input_ids.device)
-        self.check = Check(len(input_ids), self.eos.tolist() if self.plain else [], streamer, self._lag())
+        late = [c.initial_timestamp + c.max_time for c in criteria if type(c) is MaxTimeCriteria]
+        deadline = min(late) if late and self.plain else None
+        self.check = Check(len(input_ids), self.eos.tolist() if self.plain else [], streamer, self._lag(), deadline)
         self.tokens: list[Tensor] = []
         self.scores: list[Tensor] = []
         self.logits: list[Tensor] = []
         self.offsets: list[int] = []
-        self.tail: Greedy | None = None
+        self.tail: Tail | None = None
         self.picked = 0  # tokens chosen on the device
 
     def _lag(self) -> int:
@@ -366,10 +361,9 @@ class Loop:
 
     def ids(self, count: int) -> Tensor:
         """The prompt and the first ``count`` tokens."""
-        parts = [self.input_ids, *(token[:, None] for token in self.tokens[:count])]
         if self.tail is not None:
-            parts.append(self.tail.tokens[:, 1 : 1 + count - len(self.tokens)])
-        return torch.cat(parts, dim=1)
+            return self.tail.ids[:, : self.input_ids.shape[1] + count].clone()
+        return torch.cat([self.input_ids, *(token[:, None] for token in self.tokens[:count])], dim=1)
 
     def run(self, kwargs: dict[str, Any], prompt: int) -> Tensor | GenerateDecoderOnlyOutput:
         """``kwargs`` of the model for a prompt of that many positions."""
@@ -383,8 +377,8 @@ class Loop:
         with model._optimize_model_for_decode():
             while not self._choose(logits):
                 decoder.arrive(self.tokens[-1])
-                if self._on_device() and decoder.verified:
-                    self._rest(decoder)
+                if decoder.verified and (chosen := self._on_device()):
+                    self._rest(decoder, chosen)
                     break
                 logits = decoder.logits()
         return self._finish(prepared, prompt)
@@ -394,14 +388,13 @@ class Loop:
         ids = self.ids(len(self.tokens)) if self.processors or not self.plain else None
         logits = logits.to(copy=True, dtype=torch.float32)
         scores = self.processors(ids, logits)
-        if self.recorded and self.config.output_scores:
+        if self.keeps_scores:
             self.scores.append(scores)
-        if self.recorded and self.config.output_logits:
+        if self.keeps_logits:
             self.logits.append(logits)
         if self.sampled:
             token = torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1)
-            if self.check.lag:
-                self.offsets.append(_generator(token).get_offset())
+            self._note_offset()
         else:
             token = scores.argmax(-1)
         if self.pads:
@@ -414,30 +407,46 @@ class Loop:
         return self.check.push(token) or len(self.tokens) == self.limit
 
     def _stopped(self, ids: Tensor) -> bool:
-        scores = tuple(self.scores) if self.recorded and self.config.output_scores else None
+        scores = tuple(self.scores) if self.keeps_scores else None
         self.unfinished = self.unfinished & ~self.criteria(ids, scores)
         self.check.push(self.tokens[-1])
         return bool(self.unfinished.max() == 0)
 
-    def _on_device(self) -> bool:
-        """Whether the choice of the next token needs nothing from the host."""
-        records = self.recorded and (self.config.output_scores or self.config.output_logits)
-        return self.plain and self.banned is not None and not (self.sampled or records)
+    def _note_offset(self) -> None:
+        if self.check.lag:
+            self.offsets.append(_generator(self.input_ids).get_offset())
 
-    def _rest(self, decoder: Decoder) -> None:
+    def _on_device(self) -> Choice | None:
+        """How the device chooses the tokens from now on; None if that needs the host."""
+        ids, left = self.ids(len(self.tokens)), self.limit - len(self.tokens)
+        if not self.plain or ids.shape[1] + left > self.slot.length:
+            return None
+        return choice(self.processors, ids, left, self.sampled, self.keeps_scores or self.keeps_logits)
+
+    def _rest(self, decoder: Decoder, chosen: Choice) -> None:
         """All tokens after the first, chosen on the device."""
-        self.tail = decoder.greedy(self.tokens[-1], self.eos, self.banned, self.pad, self.unfinished)
-        run, token = decoder.step.runner(self.tail), decoder.step.inputs.token[:, 0]
-        for index in range(self.limit - len(self.tokens)):
+        ids, left = self.ids(len(self.tokens)), self.limit - len(self.tokens)
+        tail = decoder.step.tail(chosen, len(self.eos))
+        tail.begin(chosen, ids, self.eos, self.pad, self.unfinished)
+        run, token, self.tail = decoder.step.runner(tail), tail.token[:, 0], tail
+        for index in range(left):
             if index:
                 decoder.arrive()
             run()
             self.picked += 1
+            if self.sampled:
+                self._note_offset()
+            if self.keeps_scores:
+                self.scores.append(tail.scores.clone())
+            if self.keeps_logits:
+                self.logits.append(tail.raw.clone())
             if self.check.push(token):
                 break
 
     def _finish(self, prepared: DynamicCache, prompt: int) -> Tensor | GenerateDecoderOnlyOutput:
         self.check.drain()
+        if self.tail is not None:
+            self.tail.check()
         made = len(self.tokens) + self.picked
         count = made if self.check.kept is None else self.check.kept
         if count < len(self.offsets):  # as if the tokens after the end had never been drawn
@@ -445,35 +454,15 @@ class Loop:
         if self.streamer is not None:
             self.streamer.end()
         sequences = self.ids(count)
-        if not self.recorded:
+        if not self.config.return_dict_in_generate:
             return sequences
         self.slot.fill(prepared, prompt + count - 1)
         return GenerateDecoderOnlyOutput(
             sequences=sequences,
-            scores=tuple(self.scores[:count]) if self.config.output_scores else None,
-            logits=tuple(self.logits[:count]) if self.config.output_logits else None,
+            scores=tuple(self.scores[:count]) if self.keeps_scores else None,
+            logits=tuple(self.logits[:count]) if self.keeps_logits else None,
             past_key_values=prepared,
         )
-
-
-def _always_banned(processors: LogitsProcessorList, input_ids: Tensor, limit: int) -> Tensor | None:
-    """The ids that ``processors`` forbid at each of ``limit`` tokens, or None if they do anything more.
-
-    A minimum length at the limit or above (``min_new_tokens`` sets two processors) forbids the end of the sequence and
-    nothing else.
-    """
-    prompt, banned = input_ids.shape[1], [input_ids.new_zeros(0)]
-    for processor in processors:
-        if type(processor) is MinLengthLogitsProcessor:
-            least = processor.min_length - prompt
-        elif type(processor) is MinNewTokensLengthLogitsProcessor and processor.prompt_length_to_skip == prompt:
-            least = processor.min_new_tokens
-        else:
-            return None
-        if least < limit:
-            return None
-        banned.append(processor.eos_token_id.to(input_ids.device).flatten())
-    return torch.cat(banned).unique()
 
 
 def _generator(tensor: Tensor) -> torch.Generator:

@@ -9,19 +9,21 @@ graph to replay, elsewhere one call of the compiled graph.
 from __future__ import annotations
 
 import itertools
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from tinyfuse.kernels import _greedy
 from tinyfuse.runtime.cache import Slot
 from tinyfuse.runtime.forward import GraphCall, intercept, record_graphs
+from tinyfuse.runtime.tail import Choice, Tail
 
 ROWS = 128
 TABLE_BYTES = 1 << 25  # a block has fewer rows if its masks would take more
 WARM_UPS = 3
+TAILS = 8  # ways of choosing a token that stay captured
 
 
 class NotAdvanceable(Exception):
@@ -124,47 +126,13 @@ def kind(first: dict[str, Any]) -> tuple[Any, ...]:
     return shapes, tuple((name, repr(value)) for name, value in constants(first).items() if name != "past_key_values")
 
 
-class Greedy:
-    """The end of a greedy step, on the device: pick the token, pad finished sequences, write the token down.
-
-    ``tokens`` [batch, length] holds the tokens since ``begin``; ``count`` is the number of end-of-sequence ids, and
-    ``banned`` that of ids which are never picked.
-    """
-
-    def __init__(self, token: Tensor, length: int, count: int, banned: int):
-        batch, device = token.shape[0], token.device
-        self.token = token
-        self.eos = torch.zeros(count, dtype=torch.long, device=device)
-        self.banned = torch.zeros(banned, dtype=torch.long, device=device)
-        self.pad = torch.zeros((), dtype=torch.long, device=device)
-        self.unfinished = torch.ones(batch, dtype=torch.long, device=device)
-        self.written = torch.zeros(1, dtype=torch.long, device=device)
-        self.tokens = torch.zeros((batch, length), dtype=torch.long, device=device)
-        self.state = [self.unfinished, self.written, self.tokens]
-
-    def begin(self, token: Tensor, eos: Tensor, banned: Tensor, pad: Tensor | None, unfinished: Tensor) -> None:
-        """``token`` [batch] is the one to feed next, ``unfinished`` [batch] is 1 for rows that go on after it."""
-        self.eos.copy_(eos)
-        self.banned.copy_(banned)
-        if pad is not None:
-            self.pad.copy_(pad)
-        self.token.copy_(token[:, None])
-        self.unfinished.copy_(unfinished)
-        self.tokens[:, 0] = token
-        self.written.fill_(1)
-
-    def pick(self, logits: Tensor) -> None:
-        """``logits`` [batch, vocabulary] in any float dtype: rounding to fp32 first would not change the maximum."""
-        _greedy.OP(logits, self.banned, self.eos, self.pad, self.unfinished, self.written, self.token, self.tokens)
-
-
 class Step:
     """A decode step bound to the memory of ``slot`` and ``inputs``: a graph of the model's forward on them."""
 
     def __init__(self, runtime, slot: Slot, inputs: Inputs):
         self.runtime, self.slot, self.inputs = runtime, slot, inputs
-        self.greedy: dict[tuple[int, int], Greedy] = {}
-        self.runners: dict[str, Callable[[], Tensor]] = {}
+        self.tails: OrderedDict[Any, Tail] = OrderedDict()
+        self.runners: dict[Any, Callable[[], Tensor]] = {}
         self.call: GraphCall | None = None
         self.version: int | None = None  # of the recordings, if the graph is one
         self.unbound: str | None = None
@@ -225,23 +193,33 @@ class Step:
         self.inputs.advance()
         return logits[:, -1]
 
-    def runner(self, greedy: Greedy | None = None) -> Callable[[], Tensor]:
-        """What runs :meth:`logits`, and with ``greedy`` picks the token; its result is valid until it runs again."""
-        name = "logits" if greedy is None else f"greedy-{len(greedy.eos)}-{len(greedy.banned)}"
-        if name not in self.runners:
+    def tail(self, choice: Choice, eos: int) -> Tail:
+        """The tail for a choice, with ``eos`` ids that end a sequence; of at most ``TAILS`` at a time."""
+        key = choice.key, eos
+        if key not in self.tails:
+            while len(self.tails) >= TAILS:
+                _, unused = self.tails.popitem(last=False)
+                self.runners.pop(unused, None)
+            self.tails[key] = Tail(choice, self.inputs.token, self.slot.length, eos)
+        self.tails.move_to_end(key)
+        return self.tails[key]
+
+    def runner(self, tail: Tail | None = None) -> Callable[[], Tensor]:
+        """What runs :meth:`logits`, and with ``tail`` picks the token; its result is valid until it runs again."""
+        if tail not in self.runners:
 
             def run() -> Tensor:
                 logits = self.logits()
-                if greedy is not None:
-                    greedy.pick(logits)
+                if tail is not None:
+                    tail.pick(logits)
                 return logits
 
-            self.runners[name] = run
+            self.runners[tail] = run
             if self.inputs.token.device.type == "cuda" and self.call is not None:
                 state = [*self.slot.counters(), *self.inputs.buffers.values(), self.inputs.row]
-                state += greedy.state if greedy is not None else []
-                self.runners[name] = Captured(run, state, self.runtime.streams.on(state[0].device))
-        return self.runners[name]
+                state += tail.state if tail is not None else []
+                self.runners[tail] = Captured(run, state, self.runtime.streams.on(state[0].device))
+        return self.runners[tail]
 
 
 class CaptureStreams:
@@ -267,14 +245,17 @@ class CaptureStreams:
 class Captured:
     """``run`` as one CUDA graph.
 
-    ``state``: what ``run`` changes and has to be found unchanged after the warm-up. The keys and values that the
-    warm-up writes are those that the first replay writes again. ``stream`` is one that no other model captures on:
-    cuBLAS keeps a workspace per stream (32 MiB on Hopper), which graphs that run at the same time must not share.
+    ``state``: what ``run`` changes and has to be found unchanged after the warm-up, as are the random numbers. The keys
+    and values that the warm-up writes are those that the first replay writes again. ``stream`` is one that no other
+    model captures on: cuBLAS keeps a workspace per stream (32 MiB on Hopper), which graphs that run at the same time
+    must not share.
     """
 
     def __init__(self, run: Callable[[], Tensor], state: list[Tensor], stream: torch.cuda.Stream):
         held = [tensor.clone() for tensor in state]
         device = state[0].device
+        random = torch.cuda.default_generators[device.index]
+        drawn = random.get_offset()
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             for _ in range(WARM_UPS):
@@ -284,6 +265,7 @@ class Captured:
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
             self.result = run()
+        random.set_offset(drawn)
 
     def __call__(self) -> Tensor:
         self.graph.replay()
