@@ -301,6 +301,14 @@ def test_prompt_of_one_token(covered):
     covered.same(input_ids=ONE["input_ids"][:, :1])
 
 
+def test_inference_mode_from_the_first_call_on():
+    pair = Pair(LlamaConfig(**SIZE))
+    with torch.inference_mode():
+        pair.same(**ONE)
+    pair.same(**ONE)
+    assert pair.fallbacks == []
+
+
 def test_inference_mode(covered):
     for arguments in ({}, {"seed": 1, "repetition_penalty": 1.3}):
         with torch.inference_mode():

@@ -139,9 +139,9 @@ def _probe(model: torch.nn.Module, forward: Callable[..., Any]) -> list[tuple[Te
     They come from the stock forward of two tokens on a longer cache, since configurations name them in too many ways
     and some models do not run on a static cache at all. Raises NotPlain, and what the forward raises.
     """
-    cache = _static_cache(model, 4)
-    ids = torch.zeros((1, 2), dtype=torch.long, device=model.device)
     with torch.inference_mode(False), torch.no_grad():
+        cache = _static_cache(model, 4)
+        ids = torch.zeros((1, 2), dtype=torch.long, device=model.device)
         forward(input_ids=ids, past_key_values=cache, use_cache=True)
     return [
         (layer.keys[:, :, :0], layer.values[:, :, :0]) if isinstance(layer, StaticLayer) else None
