@@ -80,7 +80,7 @@ def bench(settings: Settings, step: Callable[[str, int], None] = lambda text, to
             for variant in chosen:
                 step(f"preparing {variant.name}", steps)
                 try:
-                    prepared[variant.name] = _prepare(variant, loaded.model, prompts[:WARM_UPS], settings.gen)
+                    prepared[variant.name] = prepare(variant, loaded.model, prompts[:WARM_UPS], settings.gen)
                 except Exception as error:  # one variant that fails is a row of the result, not the end of the run
                     errors[variant.name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         steps -= settings.repeats * len(errors)
@@ -114,7 +114,7 @@ def bench(settings: Settings, step: Callable[[str, int], None] = lambda text, to
     return {"environment": block, "rows": rows}
 
 
-def _prepare(variant: Variant, model: nn.Module, prompts: list[Tensor], gen: int) -> Prepared:
+def prepare(variant: Variant, model: nn.Module, prompts: list[Tensor], gen: int) -> Prepared:
     """Build the variant on a twin of ``model`` and warm it up."""
     device = model.device
     before = measure.allocated(device)
