@@ -15,6 +15,7 @@ from tinyfuse.kernels import (
     rms_norm,
     rope,
     rope_append,
+    rope_tables,
 )
 
 LAYOUTS = ["contiguous", "offset", "transposed", "fused view", "expanded", "outliers"]
@@ -37,6 +38,22 @@ def rows(layout, N, dtype, device, lead=(2, 3, 5)):
     if layout == "outliers":
         x[..., N // 2] *= 300
     return x.to(dtype)
+
+
+def check_rope_tables(B, S, half, scale, dtype, device):
+    """The tables of positions up to 100,000, of which some are far apart, on a strided view."""
+    positions = torch.randint(0, 100_000, (B, 2 * S), device=device)[:, ::2]
+    positions[:, 0] = 0
+    frequencies = 1e6 ** -(torch.arange(half, device=device) / half)
+    args = positions, frequencies, scale, dtype
+    assert rope_tables.supports_triton(*args) is None
+    angle = positions[..., None].float() * frequencies
+    angle = torch.cat((angle, angle), -1).double()
+    for out, eager, exact in zip(
+        rope_tables.run_triton(*args), rope_tables.reference(*args), (angle.cos(), angle.sin()), strict=True
+    ):
+        assert out.dtype is dtype and out.stride() == eager.stride()
+        assert_as_exact_as_eager("rope_tables", out, eager, exact * scale)
 
 
 def check_norm(op, x, residual, weight, bias, flags=(False, True), eps=1e-5):

@@ -12,6 +12,7 @@ MULTIPLE = {
     "layer_norm": 1.1,
     "add_layer_norm": 1.1,
     "rope": 1.0,  # one rounding where eager code makes three
+    "rope_tables": 1.1,  # the same roundings; under the interpreter another cosine
     "gated_act": 1.1,  # the same roundings; another exp
     "attention": 2.0,  # the probabilities are rounded to the dtype, which SDPA's kernels do for some shapes only
 }

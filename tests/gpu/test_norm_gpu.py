@@ -64,6 +64,12 @@ def test_rope(kind, interleaved):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_rope_tables(dtype):
+    for B, S, half, scale in [(1, 1, 64, 1.0), (8, 1, 32, 1.0), (2, 517, 48, 1.25), (3, 7, 5, 0.5)]:
+        row_ops.check_rope_tables(B, S, half, scale, dtype, "cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_cache_writes(dtype):
     for B, H, kv_heads, S, L, D, Dv in [
         (1, 32, 8, 1, 100, 128, 128),
@@ -148,6 +154,7 @@ def calls():
     yield "rope", (heads, cos, sin, False)
     yield "kv_append", (keys, values, heads, heads, pos)
     yield "rope_append", (heads, heads, heads, cos, sin, keys, values, pos, True)
+    yield "rope_tables", (torch.arange(3, device="cuda")[None], torch.rand(8, device="cuda"), 1.0, torch.float16)
     yield "gated_act", (*x.chunk(2, -1), "gelu_tanh")
 
 

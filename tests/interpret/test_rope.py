@@ -30,6 +30,12 @@ def test_rope(kind, interleaved, dtype, table_dtype):
         row_ops.check_rope(x, *row_ops.tables(kind, B, S, R, table_dtype, "cpu"), interleaved)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rope_tables(dtype):
+    for B, S, half, scale in [(1, 1, 64, 1.0), (2, 5, 12, 1.25), (3, 1, 5, 0.5)]:
+        row_ops.check_rope_tables(B, S, half, scale, dtype, "cpu")
+
+
 def test_many_tokens_and_a_layout_by_heads():
     x = torch.randn(1, 3, 130, 8)
     row_ops.check_rope(x, *row_ops.tables("shared", 1, 130, 8, x.dtype, "cpu"), False)

@@ -191,11 +191,7 @@ class Pattern:
         choices = [e for root in self.roots for e in walk(root) if isinstance(e, OneOf)]
         choices = list(dict.fromkeys(choices))
         picks = product(*(range(len(c.choices)) for c in choices))
-        chosen = {
-            tuple(_substitute(root, dict(zip(choices, pick, strict=True)), {}) for root in self.roots): None
-            for pick in picks
-        }
-        return list(chosen)
+        return [_substitute(self.roots, dict(zip(choices, pick, strict=True)), {}) for pick in picks]
 
 
 def _heads(expr: Any) -> set[Callable]:

@@ -18,8 +18,8 @@ from torch._subclasses import FakeTensor
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from tinyfuse.graph.nodes import is_tensor, storage, value, writes
-from tinyfuse.graph.pattern import Binding, Call, Capture, Match, Pattern, match, walk
+from tinyfuse.graph.nodes import cast, is_tensor, storage, value, writes
+from tinyfuse.graph.pattern import Binding, Call, Capture, Cast, Expr, Match, Pattern, children, match
 from tinyfuse.op import OPS, Op
 
 
@@ -108,15 +108,17 @@ def _matches(pattern: Pattern, node: Node) -> Iterator[tuple[Binding, list[Node]
         yield from extend(binding, [node])
 
 
-def _candidates(root: Any, binding: Binding) -> list[Node]:
-    """Where ``root`` may match: itself if it is bound, else the transitive-one users of its bound parts."""
-    if root in binding:
-        return [binding[root]]
-    for part in walk(root):
-        known = binding.get(part.name) if isinstance(part, Capture) else binding.get(part) if part is not root else None
-        if isinstance(known, Node) and part in getattr(root, "args", ()):
-            return [u for u in known.users if u.target is root.target]
-    return []
+def _candidates(expr: Any, binding: Binding) -> list[Node]:
+    """Where ``expr`` may match: what is bound to it, else the users of where its first part with a bound one may."""
+    known = binding.get(expr.name if isinstance(expr, Capture) else expr) if isinstance(expr, Expr) else None
+    if isinstance(known, Node):
+        return [known]
+    below = next(filter(None, (_candidates(part, binding) for part in children(expr))), [])
+    if not isinstance(expr, (Call, Cast)):
+        return below
+    target = expr.target if isinstance(expr, Call) else cast
+    above = list(dict.fromkeys(user for node in below for user in node.users if user.target is target))
+    return above if isinstance(expr, Call) else below + above
 
 
 def _refusal(found: Match, pattern: Pattern) -> str | None:
