@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from tinyfuse.kernels import _advance
 from tinyfuse.runtime.cache import Slot
 from tinyfuse.runtime.forward import GraphCall, intercept, record_graphs
 from tinyfuse.runtime.tail import Choice, Tail
@@ -62,7 +63,7 @@ class Inputs:
     """
 
     def __init__(self, first: dict[str, Any], block: dict[str, Any]):
-        self.row_dims: dict[str, int] = {}
+        self.dims: list[int] = []
         self.tables: dict[str, Tensor] = {}
         self.buffers: dict[str, Tensor] = {}
         rows = dict(tensors(block))
@@ -70,11 +71,12 @@ class Inputs:
             dim = self._row_dim(name, value, rows.get(name))
             self.buffers[name] = value.clone(memory_format=torch.contiguous_format)
             if dim is not None:
-                self.row_dims[name] = dim
+                self.dims.append(dim)
                 self.tables[name] = rows[name].clone(memory_format=torch.contiguous_format)
         self.rows = block["input_ids"].shape[1] - 1
         self.token = self.buffers["input_ids"]
         self.row = torch.zeros(1, dtype=torch.long, device=self.token.device)
+        self.done = torch.zeros_like(self.row)
         self.arguments = {
             name: {key: self.buffers.get(f"{name}.{key}", item) for key, item in value.items()}
             if isinstance(value, dict)
@@ -105,9 +107,8 @@ class Inputs:
 
     def advance(self) -> None:
         """Move every buffer but the token to the next row. At most ``rows`` times after ``load``."""
-        self.row.add_(1)
-        for name, dim in self.row_dims.items():
-            torch.index_select(self.tables[name], dim, self.row, out=self.buffers[name])
+        buffers = [self.buffers[name] for name in self.tables]
+        _advance.OP(list(self.tables.values()), self.dims, buffers, self.row, self.done)
 
     def differs(self, expected: dict[str, Any]) -> str | None:
         """How the buffers differ from transformers' inputs for the token they stand at."""
