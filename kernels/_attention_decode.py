@@ -133,15 +133,31 @@ def _merge_if_last(
 
 
 @jit
+def _turned(x, cos, sin, d, mask, cos_r, sin_r, R: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Columns ``d`` of the rows at ``x``, of which the first R are rotated; fp32."""
+    other = (d ^ 1) if INTERLEAVED else tl.where(d < R // 2, d + R // 2, d - R // 2)
+    sign = tl.where((d % 2 == 0) if INTERLEAVED else (d < R // 2), -1.0, 1.0)
+    turns = d < R
+    c = tl.load(cos + d * cos_r, mask=turns, other=1.0).to(tl.float32)
+    s = tl.load(sin + d * sin_r, mask=turns, other=0.0).to(tl.float32) * sign
+    partner = tl.load(x + other, mask=mask & turns, other=0.0).to(tl.float32)
+    return tl.load(x + d, mask=mask, other=0.0).to(tl.float32) * c + partner * s
+
+
+@jit
 def _decode(
-    q, k, v, mask, out, partial, stats, counters, scale, H, Sq, Skv, splits,
+    q, k, v, mask, out, partial, stats, counters, new_k, new_v, cos, sin, pos, scale, H, Sq, Skv, splits,
     q_b, q_h, q_m, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, mask_h, mask_m, mask_n,
+    new_k_b, new_k_h, new_v_b, new_v_h, cos_b, cos_r, sin_b, sin_r,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     ROW_BLOCKS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, SCAN: tl.constexpr, STAGES: tl.constexpr,
     KIND: tl.constexpr, BY_ROW: tl.constexpr, CAUSAL: tl.constexpr, SPLIT: tl.constexpr,
-    MERGE_ROWS: tl.constexpr, MERGE_STEPS: tl.constexpr, PDL: tl.constexpr,
+    MERGE_ROWS: tl.constexpr, MERGE_STEPS: tl.constexpr, R: tl.constexpr, INTERLEAVED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """``MERGE_ROWS``: the power of two that holds the rows of a program, or 0 to leave them to ``_combine``."""
+    """``MERGE_ROWS``: the power of two that holds the rows of a program, or 0 to leave them to ``_combine``.
+
+    With ``new_k`` q and it are rotated first, and it and ``new_v`` are position ``pos`` of the cache: the program whose
+    split that is in writes them there, and starts from their score instead of reading them back."""
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -157,7 +173,14 @@ def _decode(
     e = tl.arange(0, BLOCK_DV)
     tile = tl.arange(0, BLOCK_N)
     q_ptr = q + b * q_b + head * q_h + row * q_m
-    query = tl.load(q_ptr[:, None] + d[None, :], mask=rows_ok[:, None] & (d < D)[None, :], other=0.0)
+    q_mask = rows_ok[:, None] & (d < D)[None, :]
+    if new_k is None:
+        query = tl.load(q_ptr[:, None] + d[None, :], mask=q_mask, other=0.0)
+    else:
+        cos += b * cos_b
+        sin += b * sin_b
+        turned = _turned(q_ptr[:, None], cos, sin, d[None, :], q_mask, cos_r, sin_r, R, INTERLEAVED)
+        query = turned.to(q.dtype.element_ty)
     k_ptr = k + b * k_b + kv_head * k_h + tile[:, None] * k_n + d[None, :]
     v_ptr = v + b * v_b + kv_head * v_h + tile[:, None] * v_n + e[None, :]
 
@@ -185,9 +208,29 @@ def _decode(
     top = tl.full([BLOCK_R], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_R], tl.float32)
     acc = tl.zeros([BLOCK_R, BLOCK_DV], tl.float32)
+    some = lo < hi
+    if new_k is not None:
+        at = tl.load(pos)
+        if (at >= 0) & (at < Skv) & ((at // BLOCK_N) % splits == split):
+            some = at >= 0
+            column, column_ok = d[None, :], (d < D)[None, :]
+            k_row = new_k + b * new_k_b + kv_head * new_k_h
+            key = _turned(k_row, cos, sin, column, column_ok, cos_r, sin_r, R, INTERLEAVED).to(k.dtype.element_ty)
+            value_ok = (e < DV)[None, :]
+            value = tl.load(new_v + b * new_v_b + kv_head * new_v_h + e[None, :], mask=value_ok, other=0.0)
+            tl.store(k + b * k_b + kv_head * k_h + at * k_n + column, key, mask=column_ok)
+            tl.store(v + b * v_b + kv_head * v_h + at * v_n + e[None, :], value, mask=value_ok)
+            _, bias = _block_mask(mask_ptr, mask_n, at + tl.arange(0, 1), Skv, row, rows_ok, KIND, BY_ROW, CAUSAL)
+            score = tl.sum(query.to(tl.float32) * key.to(tl.float32), 1)
+            top = tl.sum(score[:, None] * scale + bias, 1)
+            total = tl.exp2(top - tl.where(top == float("-inf"), 0.0, top))
+            acc = total[:, None] * value.to(tl.float32)
     for i in tl.range(lo, hi, num_stages=STAGES):
         start = tl.cast((split + i * splits) * BLOCK_N, tl.int64)
         keep, bias = _block_mask(mask_ptr, mask_n, start + tile, Skv, row, rows_ok, KIND, BY_ROW, CAUSAL)
+        if new_k is not None:
+            keep = keep & (start + tile != at)
+            bias = tl.where((start + tile != at)[None, :], bias, float("-inf"))
         key = tl.load(k_ptr + start * k_n, mask=keep[:, None] & (d < D)[None, :], other=0.0)
         value = tl.load(v_ptr + start * v_n, mask=keep[:, None] & (e < DV)[None, :], other=0.0)
         score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale + bias
@@ -204,7 +247,7 @@ def _decode(
         slot = out_row * splits + split
         tl.store(stats + slot * 2, top, mask=rows_ok)
         tl.store(stats + slot * 2 + 1, total, mask=rows_ok)
-        if lo < hi:
+        if some:
             tl.store(partial + slot[:, None] * DV + e[None, :], acc, mask=rows_ok[:, None] & (e < DV)[None, :])
         if MERGE_ROWS:
             _merge_if_last(
@@ -277,9 +320,29 @@ def counters(device: torch.device, splits: int, count: int) -> Tensor | None:
     return made[-1]
 
 
+class New(NamedTuple):
+    """What enters the cache in the same launch: k [B, Hkv, 1, D], v [B, Hkv, 1, Dv], pos [1]; cos and sin
+    [B or 1, 1, 1, R] turn k and q, as in ``rope``."""
+
+    k: Tensor
+    v: Tensor
+    cos: Tensor
+    sin: Tensor
+    pos: Tensor
+    interleaved: bool
+
+
+def _strides_of_new(new: New | None) -> tuple[int, ...]:
+    if new is None:
+        return (0,) * 8
+    tables = [(0 if t.shape[0] == 1 else t.stride(0), t.stride(3)) for t in (new.cos, new.sin)]
+    return (*new.k.stride()[:2], *new.v.stride()[:2], *tables[0], *tables[1])
+
+
 def decode(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool, chosen: Plan | None = None
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool, chosen: Plan | None = None,
+    new: New | None = None,
+) -> Tensor:  # fmt: skip
     """Launch the kernels; arguments as in ``attention``, ``chosen`` overrides :func:`plan`."""
     B, H, Sq, D = q.shape
     kv_heads, DV = k.shape[1], v.shape[3]
@@ -306,10 +369,12 @@ def decode(
         counted = counters(q.device, p.splits, kv_heads * B * row_blocks)
     merge = (0, 0) if counted is None else (merge_rows, steps)
     _decode[(p.splits, kv_heads, B * row_blocks)](
-        q, k, v, mask, out, partial, stats, counted, scale * 1.4426950408889634, H, Sq, Skv, p.splits,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *strides,
+        q, k, v, mask, out, partial, stats, counted, *(new[:5] if new else (None,) * 5),
+        scale * 1.4426950408889634, H, Sq, Skv, p.splits,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *strides, *_strides_of_new(new),
         group, D, DV, block_d, block_dv, row_blocks, p.block_r, p.block_n, scan, p.stages,
-        kind, by_row, is_causal, split, *merge, ahead, **options,
+        kind, by_row, is_causal, split, *merge, *((new.cos.shape[3], new.interleaved) if new else (0, False)), ahead,
+        **options,
     )  # fmt: skip
     if split and counted is None:
         options["num_warps"] = 2 if block_dv << steps <= 8192 else 4  # 8 cost 2 µs

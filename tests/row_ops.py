@@ -15,6 +15,7 @@ from tinyfuse.kernels import (
     rms_norm,
     rope,
     rope_append,
+    rope_append_attention,
     rope_tables,
 )
 
@@ -179,3 +180,37 @@ def check_gated_act(gate, up, act):
 
 
 NORMS = [rms_norm, add_rms_norm, layer_norm, add_layer_norm]
+
+
+def check_attention_step(B, H, kv_heads, L, at, D, Dv, R, kind, interleaved, mask, dtype, device):
+    """Rotation, cache write and attention in one launch; what the mask leaves out of the cache holds NaN."""
+    q, k = heads(B, H, 1, D, dtype, device, 16), heads(B, kv_heads, 1, D, dtype, device)
+    v = torch.randn(B, kv_heads, 1, Dv, device=device).to(dtype)
+    cos, sin = tables(kind, B, 1, R, dtype, device)
+    pos = torch.tensor([at], device=device)
+    whole_keys, whole_values, keys, values = caches(B, kv_heads, L, D, Dv, dtype, device)
+    rest = pos, interleaved, mask, D**-0.5
+
+    def run(op, wide):
+        given = [x.double() if wide else x.clone() for x in (q, k, v, cos, sin, keys, values)]
+        masked = mask.double() if wide and mask is not None and mask.is_floating_point() else mask
+        return op(*given, pos, interleaved, masked, D**-0.5), given[5], given[6]
+
+    exact, exact_keys, _ = run(rope_append_attention.reference, True)
+    eager, eager_keys, eager_values = run(rope_append_attention.reference, False)
+    if mask is not None and mask.dtype == torch.bool:
+        unseen = ~mask.expand(B, H, 1, L).any(1)[:, 0]
+        unseen[:, at] = False
+        for cache in (keys, values, eager_keys, eager_values):
+            cache.masked_fill_(unseen[:, None, :, None], torch.nan)
+    before = whole_keys.clone(), whole_values.clone()
+    args = (q, k, v, cos, sin, keys, values, *rest)
+    assert rope_append_attention.supports_triton(*args) is None
+    out = rope_append_attention.run_triton(*args)
+    assert out.transpose(1, 2).is_contiguous()
+    assert_as_exact_as_eager("attention", out, eager, exact)
+    assert torch.equal(values.nan_to_num(7.0), eager_values.nan_to_num(7.0))
+    assert_as_exact_as_eager("rope", keys[:, :, at], eager_keys[:, :, at], exact_keys[:, :, at])
+    keys[:, :, at], values[:, :, at] = before[0][:, 1:, 1 + at, 8:], before[1][:, 1:, 1 + at, 8:]
+    for whole, was in zip((whole_keys, whole_values), before, strict=True):
+        assert torch.equal(whole.nan_to_num(7.0), was.nan_to_num(7.0)), "the launch wrote elsewhere too"

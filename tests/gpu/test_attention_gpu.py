@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 
+from tests import row_ops
 from tests.tolerance import assert_as_exact_as_eager
 from tinyfuse.kernels import _attention_decode, _triton
 from tinyfuse.kernels._attention_decode import Plan, decode
@@ -215,3 +216,31 @@ def test_long_rows_without_a_mask_go_to_sdpa():
     kernel, _ = OP.choose(q, k, v, None, 0.1, True)
     assert kernel.name == "sdpa"
     check(lambda *args: OP(*args), q, k, v, None, True)
+
+
+# B, H, kv heads, L, position, D, Dv, R
+STEPS = [
+    (1, 32, 32, 256, 130, 128, 128, 128),
+    (1, 32, 8, 8192, 8191, 128, 128, 128),
+    (3, 16, 8, 1000, 0, 64, 64, 32),
+    (2, 6, 2, 341, 77, 80, 96, 40),
+    (1, 8, 1, 40000, 33333, 96, 96, 96),
+]
+
+
+@pytest.mark.parametrize("shape", STEPS)
+@pytest.mark.parametrize("kind, interleaved", [("batched", False), ("expanded", True)])
+@pytest.mark.parametrize("masked", ["prefix", "window", "float", "none"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_attention_step(shape, kind, interleaved, masked, dtype):
+    B, _, _, L, at = shape[:5]
+    j = torch.arange(L, device="cuda")
+    mask = {
+        "prefix": j <= at,
+        "window": (j <= at) & (j > at - 50),
+        "float": torch.where(torch.rand(B, 1, 1, L, device="cuda") < 0.5, 0.0, -9.0).to(dtype),
+        "none": None,
+    }[masked]
+    mask = None if mask is None else mask.expand(B, 1, 1, L)
+    for _ in range(2):
+        row_ops.check_attention_step(*shape, kind, interleaved, mask, dtype, "cuda")

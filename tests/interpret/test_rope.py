@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests import row_ops
-from tinyfuse.kernels import kv_append, rope
+from tinyfuse.kernels import _attention_decode, kv_append, rope
 
 # B, H, kv heads, S, L, D, Dv, R
 SHAPES = [(1, 5, 1, 1, 4, 24, 24, 24), (2, 6, 2, 3, 7, 40, 24, 12), (2, 3, 3, 2, 2, 16, 32, 16)]
@@ -51,6 +51,30 @@ def test_kv_append_writes_its_positions_alone(shape):
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_rope_append(shape, interleaved):
     row_ops.check_rope_append(*shape, "batched", interleaved, torch.bfloat16, "cpu")
+
+
+# B, H, kv heads, L, position, D, Dv, R
+STEPS = [(1, 4, 2, 70, 0, 16, 16, 16), (2, 6, 2, 70, 33, 40, 24, 24), (1, 2, 2, 37, 36, 32, 16, 32)]
+
+
+@pytest.mark.parametrize("shape", STEPS)
+@pytest.mark.parametrize("kind, interleaved", [("batched", False), ("expanded", True)])
+@pytest.mark.parametrize("masked", ["prefix", "window", "not itself", "float", "none"])
+@pytest.mark.parametrize("splits", [1, 3])
+def test_attention_step(shape, kind, interleaved, masked, splits, monkeypatch):
+    plan = _attention_decode.Plan(16, 16, splits, 4, 1)
+    monkeypatch.setattr(_attention_decode, "plan", lambda *_: plan)
+    B, _, _, L, at = shape[:5]
+    j = torch.arange(L)
+    mask = {
+        "prefix": j <= at,
+        "window": (j <= at) & (j > at - 9),
+        "not itself": (j != at) & (j < 50),
+        "float": torch.where(torch.rand(B, 1, 1, L) < 0.5, 0.0, -9.0).half(),
+        "none": None,
+    }[masked]
+    mask = None if mask is None else mask.expand(B, 1, 1, L)
+    row_ops.check_attention_step(*shape, kind, interleaved, mask, torch.float16, "cpu")
 
 
 def test_positions_outside_the_cache_write_nothing():
