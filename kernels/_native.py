@@ -24,6 +24,7 @@ from threading import get_ident
 
 import torch
 
+from tinyfuse.choices import cache_folder
 from tinyfuse.kernels._rows import empty_sum
 
 log = logging.getLogger("tinyfuse")
@@ -91,10 +92,9 @@ def _compile(cxx: str, target: Path) -> None:
 
 def _folders() -> list[Path]:
     """Where the library may lie, best first: the cache, else (read-only home) a private temporary folder."""
-    cache = os.environ.get("TINYFUSE_CACHE")
     user = os.getuid() if hasattr(os, "getuid") else 0
     return [
-        Path(cache) if cache else Path.home() / ".cache" / "tinyfuse",
+        cache_folder(),
         Path(tempfile.gettempdir()) / f"tinyfuse-{user}",
     ]
 

@@ -274,8 +274,8 @@ def test_doctor_finds_a_folder_it_cannot_write_to(tmp_path: Path, monkeypatch, c
     file = tmp_path / "doctor.json"
     code(["doctor", "--json", str(file)])
     result = {check["name"]: check for check in json.loads(file.read_text())["checks"]}
-    assert result["CPU kernel cache"]["status"] == "warning"
-    assert "TINYFUSE_CACHE" in result["CPU kernel cache"]["fix"]
+    assert result["tinyfuse cache"]["status"] == "warning"
+    assert "TINYFUSE_CACHE" in result["tinyfuse cache"]["fix"]
     assert result["torch"]["status"] == result["transformers"]["status"] == "ok"
     assert "TINYFUSE_CACHE" in capsys.readouterr().out
 

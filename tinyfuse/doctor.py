@@ -17,6 +17,7 @@ import torch
 from packaging.requirements import Requirement
 
 from tinyfuse.bench.environment import cpu_name, version
+from tinyfuse.choices import cache_folder
 
 
 @dataclass
@@ -92,9 +93,8 @@ def _threads() -> Check:
 
 
 def _caches() -> list[Check]:
-    cpu = Path(os.environ.get("TINYFUSE_CACHE") or Path.home() / ".cache" / "tinyfuse")
     triton = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
-    found = [_cache("CPU kernel cache", cpu, "TINYFUSE_CACHE")]
+    found = [_cache("tinyfuse cache", cache_folder(), "TINYFUSE_CACHE")]
     return [*found, _cache("Triton cache", triton, "TRITON_CACHE_DIR")] if torch.cuda.is_available() else found
 
 
@@ -104,7 +104,7 @@ def _cache(name: str, folder: Path, variable: str) -> Check:
         with tempfile.TemporaryFile(dir=folder):
             return Check(name, "ok", str(folder))
     except OSError as error:
-        fix = f"set {variable} to a folder that you can write to; until then kernels are built anew in every process"
+        fix = f"set {variable} to a folder that you can write to; until then its work is done anew in every process"
         return Check(name, "warning", f"{folder} cannot be written: {error.strerror}", fix)
 
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 
-from tinyfuse import fallback
+from tinyfuse import choices, fallback
 
 _library = torch.library.Library("tinyfuse", "DEF")
 OPS: dict[str, Op] = {}
@@ -39,12 +39,14 @@ class Kernel:
 
 @dataclass
 class Op:
-    """``reference`` is the oracle and the last fallback; ``fake`` gives metadata of the result."""
+    """``reference`` is the oracle and the last fallback; ``fake`` gives metadata of the result; a ``pure`` op writes
+    none of its arguments."""
 
     name: str
     reference: Callable[..., Any]
     fake: Callable[..., Any]
     kernels: Sequence[Kernel]
+    pure: bool = False
     broken: dict[str, str] = field(default_factory=dict)
     chosen: dict[Hashable, Kernel | None] = field(default_factory=dict)
 
@@ -80,16 +82,37 @@ class Op:
         """Run the op on the kernel for its arguments."""
         return self.dispatch(metadata(args), args)
 
-    def dispatch(self, key: Hashable, args: Sequence[Any]) -> Any:
-        """Run the op; the choice of the kernel is remembered by ``key``, which stands for the metadata of ``args``."""
+    def dispatch(self, key: Hashable, args: Sequence[Any], moving: Sequence[int] = ()) -> Any:
+        """Run the op; the choice of the kernel is remembered by ``key``, which stands for the metadata of ``args``, of
+        which those at ``moving`` change with the prompt."""
         if key not in self.chosen:
             if len(self.chosen) >= MOST_CHOICES:
                 self.chosen.clear()
-            self.chosen[key], reason = self.choose(*args)
+            kernel, reason = self.choose(*args)
             if reason is not None:
                 fallback.note(self.name, reason)
+            elif self.timed(args):
+                if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+                    return self.run(kernel, *args)
+                kernel = self._fastest(args, moving)
+            self.chosen[key] = kernel
         kernel = self.chosen[key]
         return self.reference(*args) if kernel is None else self.run(kernel, *args)
+
+    def timed(self, args: Sequence[Any]) -> bool:
+        """Whether the kernel for ``args`` is chosen by time, not by the kernels' rules."""
+        return self.pure and choices.measures(next(_tensors(args)).device)
+
+    def _fastest(self, args: Sequence[Any], moving: Sequence[int]) -> Kernel | None:
+        device = next(_tensors(args)).device
+        able = (k for k in self.kernels if k.device == device.type and k.name not in self.broken)
+        kernels = {kernel.name: kernel for kernel in able if kernel.supports(*args) is None}
+        candidates = {name: partial(self.run, kernel, *args) for name, kernel in kernels.items()}
+        candidates[choices.STOCK] = partial(self.reference, *args)
+        name = choices.of(device).fastest(choices.describe(self.name, args, moving), candidates)
+        if name == choices.STOCK:
+            fallback.note(self.name, "stock torch measured faster")
+        return None if name in self.broken else kernels.get(name)
 
 
 @cache
@@ -128,7 +151,7 @@ def register(
     ``"scale(Tensor x, float by) -> Tensor"``. Mutated arguments are marked as in ATen: ``Tensor(a!) x``.
     Kernels are tried in the order given. ``fake`` stands in for the reference where only metadata counts."""
     name = signature.partition("(")[0]
-    op = Op(name, reference, fake or reference, tuple(kernels))
+    op = Op(name, reference, fake or reference, tuple(kernels), "!" not in signature)
     _library.define(signature)
     _library.impl(name, op, "CompositeExplicitAutograd")
     torch.library.register_fake(f"tinyfuse::{name}", op.fake, lib=_library)

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import json
 import threading
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig, MistralConfig, MixtralConfig
 from transformers.generation.streamers import BaseStreamer
 
+from tinyfuse import choices
 from tinyfuse.api import optimize, restore
+from tinyfuse.op import OPS
 from tinyfuse.runtime.step import TAILS, Captured, Step
 from tinyfuse.runtime.tail import Tail
 
@@ -243,3 +246,34 @@ def test_restore_gives_the_memory_back():
         gc.collect()
         left.append(torch.cuda.memory_allocated())
     assert left[2] <= left[0]
+
+
+@pytest.fixture
+def unknown_gpu(monkeypatch, tmp_path):
+    """A GPU that no rule was measured on."""
+
+    def forget():
+        choices.measures.cache_clear()
+        choices.of.cache_clear()
+        for op in OPS.values():
+            op.chosen.clear()
+
+    monkeypatch.setattr(choices, "RULED", ("no such GPU",))
+    monkeypatch.setenv("TINYFUSE_CACHE", str(tmp_path))
+    forget()
+    yield tmp_path
+    forget()
+
+
+def test_another_gpu_chooses_by_time(unknown_gpu):
+    for run in range(2):
+        pair = Pair("llama")
+        pair.same(ONE)
+        pair.same(PADDED, seed=3)
+        assert all(isinstance(runner, Captured) for runner in pair.runners())
+        (file,) = unknown_gpu.glob("choices-*.json")
+        if run == 0:
+            held, at = json.loads(file.read_text()), file.stat().st_mtime_ns
+            assert held and set(held.values()) - {"reference"}
+        choices.of.cache_clear()
+    assert file.stat().st_mtime_ns == at, "nothing is measured twice"

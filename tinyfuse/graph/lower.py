@@ -29,7 +29,7 @@ class Choice:
 
 
 def lower(graph: Graph) -> tuple[Callable[..., Any], dict[Node, Choice]]:
-    """Bind kernels where shapes are static, else leave the choice to each call; returns the callable
+    """Bind kernels where shapes are static and rules choose, else leave the choice to each call; returns the callable
     and what was chosen per op node."""
     _refresh_values(graph)
     choices, written = {}, {}
@@ -65,7 +65,7 @@ def _is_fixed(arg: Any) -> bool:
 
 
 def _bind(op: Op, node: Node) -> tuple[Choice, Callable[..., Any]]:
-    if not _is_fixed(node.args):
+    if not _is_fixed(node.args) or op.timed(map_arg(node.args, value)):
         return Choice(AT_RUN_TIME, None), _callable(op, _at_run_time(op, node))
     kernel, reason = op.choose(*map_arg(node.args, value))
     if kernel is None:
@@ -83,7 +83,7 @@ def _at_run_time(op: Op, node: Node) -> Callable[..., Any]:
     site = _sites.setdefault((op.name, *moving, fixed), object())  # hashes faster than what it stands for
 
     def call(*args: Any) -> Any:
-        return op.dispatch((site, metadata([args[i] for i in moving])), args)
+        return op.dispatch((site, metadata([args[i] for i in moving])), args, moving)
 
     return call
 
