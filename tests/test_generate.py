@@ -1,6 +1,7 @@
 """generate of an optimised model: the tokens of the stock one, whatever the model and the arguments."""
 
 import copy
+import itertools
 import threading
 import time
 
@@ -32,6 +33,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from tinyfuse.api import optimize, restore
 from tinyfuse.runtime.tail import Tail
+from tinyfuse.runtime.window import in_ring
 
 SIZE = {
     "hidden_size": 32,
@@ -209,6 +211,49 @@ def test_dictionary_output(covered):
     result = covered.fast.generate(**PADDED, do_sample=False, max_new_tokens=12, return_dict_in_generate=True, **names)
     torch.testing.assert_close(result.scores, expected.scores)
     torch.testing.assert_close(result.logits, expected.logits)
+
+
+WINDOWED = ["mistral", "gemma3", "gemma2"]
+
+
+@pytest.mark.parametrize("family", WINDOWED)
+def test_sliding_layers_hold_their_window(family):
+    """Prompts shorter and longer than it, whatever chooses the tokens, past a block of masks."""
+    pair = Pair(FAMILIES[family])
+    for prompt in ({"input_ids": ONE["input_ids"][:, :3]}, ONE, PADDED, {"input_ids": PADDED["input_ids"][:, -4:]}):
+        pair.same(**prompt, max_new_tokens=30)
+        pair.same(**prompt, seed=2, repetition_penalty=1.2, no_repeat_ngram_size=3)
+    pair.same(**PADDED, max_new_tokens=160)
+    for slot in pair.fast._tinyfuse.pool.slots.values():
+        lengths = [layer.keys.shape[2] for layer in slot.layers()]
+        sliding = slot.cache.is_sliding
+        assert any(sliding) and lengths == [6 if slides else slot.length for slides in sliding]
+    assert pair.fallbacks == [] and not pair.fast._tinyfuse.recordings.declined
+
+
+@pytest.mark.parametrize("family", WINDOWED)
+def test_a_returned_cache_of_sliding_layers_is_stocks(family):
+    pair = Pair(FAMILIES[family])
+    for prompt in (ONE, PADDED):
+        arguments = {"max_new_tokens": 9, "do_sample": False, "return_dict_in_generate": True}
+        stock, fast = (model.generate(**prompt, **arguments).past_key_values for model in (pair.stock, pair.fast))
+        for layer, ours in zip(stock.layers, fast.layers, strict=True):
+            assert type(layer) is type(ours) and layer.get_seq_length() == ours.get_seq_length()
+            torch.testing.assert_close(ours.keys, layer.keys)
+            torch.testing.assert_close(ours.values, layer.values)
+    pair.same(**ONE, prefill_chunk_size=4)
+    assert pair.fallbacks == []
+
+
+def test_a_mask_in_the_order_of_a_ring():
+    whole = torch.rand(2, 1, 5, 40) < 0.5
+    for first in (0, 2, 7, 30):
+        for mask in (whole, torch.where(whole, 0.0, -5.0)):
+            ring = in_ring(mask, 7, first)
+            for row, slot in itertools.product(range(5), range(7)):
+                held = max((p for p in range(first + row + 1) if p % 7 == slot), default=None)
+                want = mask[:, :, row, held] if held is not None else torch.full((2, 1), ring.min().item())
+                assert torch.equal(ring[:, :, row, slot], want)
 
 
 def test_returned_cache_is_the_callers(covered):

@@ -60,6 +60,24 @@ def test_counters_advance_in_one_launch() -> None:
     assert [t.item() for t in got[1]] == [t.item() for t in expected[1]] == [6, 7, 8]
 
 
+def test_positions_in_rings_come_from_the_same_launch() -> None:
+    names = ["c0", "c1", "c2"]
+    position = [call(torch.arange, 1) + tensor(n) for n in names]
+    wrapped = [call(torch.remainder, position[0], 4), position[1], call(torch.remainder, position[2], 7)]
+    built = Built(wrapped, {n: torch.tensor(5 + i) for i, n in enumerate(names)})
+    output = next(n for n in built.graph.nodes if n.op == "output")
+    for node in built.graph.find_nodes(op="placeholder"):
+        with built.graph.inserting_before(output):
+            built.graph.call_method("add_", (node, 1))
+    batch_counters(built.graph)
+    drop_dead(built.graph)
+    built.graph.lint()
+    assert torch.remainder not in targets(built) and "add_" not in targets(built)
+    got = built.run()
+    assert [t.tolist() for t in got[0]] == [[1], [6], [0]]
+    assert [t.item() for t in got[1]] == [6, 7, 8]
+
+
 def test_counters_that_step_further_are_left_alone() -> None:
     built = counting(step=2)
     share_common(built.graph)

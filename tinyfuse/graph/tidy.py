@@ -39,8 +39,8 @@ def drop_dead(graph: Graph) -> None:
 
 
 def batch_counters(graph: Graph) -> None:
-    """In a decode step every layer of a static cache computes ``pos = arange(1) + counter; counter.add_(1)``:
-    give all layers one launch for the positions and one for the increments.
+    """In a decode step every layer of a static cache computes ``pos = arange(1) + counter; counter.add_(1)``, and one
+    whose cache is a ring ``pos % ring``: give all layers one launch.
 
     Applies to counters (0-dim inputs) that are read and written nowhere else.
     """
@@ -48,14 +48,26 @@ def batch_counters(graph: Graph) -> None:
     if len(sites) < 2:
         return
     counters = [site[0] for site in sites]
+    wraps = [_wrap(position) for _, position, _ in sites]
+    rings = [wrap.args[1] if wrap else 0 for wrap in wraps]
     first = next(node for node in graph.nodes if node.op != "placeholder")
     with graph.inserting_before(first):
-        positions = _emit(graph, torch.ops.tinyfuse.step_counters.default, (counters,))
-        for index, (_, position, _) in enumerate(sites):
-            position.replace_all_uses_with(_emit(graph, operator.getitem, (positions, index)))
-    for _, position, increment in sites:
-        graph.erase_node(position)
-        graph.erase_node(increment)
+        positions = _emit(graph, torch.ops.tinyfuse.step_counters.default, (counters, rings))
+        for index, ((_, position, _), wrap) in enumerate(zip(sites, wraps, strict=True)):
+            (wrap or position).replace_all_uses_with(_emit(graph, operator.getitem, (positions, index)))
+    for (_, position, increment), wrap in zip(sites, wraps, strict=True):
+        for node in (wrap, position, increment):
+            if node is not None:
+                graph.erase_node(node)
+
+
+def _wrap(position: Node) -> Node | None:
+    """The one user of a position, where it takes it modulo a constant."""
+    users = list(position.users)
+    if len(users) != 1 or users[0].target is not torch.remainder or users[0].args[0] is not position:
+        return None
+    ring = users[0].args[1]
+    return users[0] if isinstance(ring, int) and ring > 0 and not users[0].kwargs else None
 
 
 def _counter_site(node: Node) -> tuple[Node, Node, Node] | None:

@@ -1,7 +1,8 @@
 """Static key/value caches, reused across calls of ``generate``.
 
-Every layer is full length, sliding-window layers too: their window lives in the mask, and a full-length layer keeps
-its state in tensors alone, where transformers' ``StaticSlidingWindowLayer`` counts in a Python int.
+Layers keep their state in tensors alone, where transformers' ``StaticSlidingWindowLayer`` counts in a Python int.
+A sliding-window layer holds its window (``window.py``), or everything where a caller gets the cache, a prompt comes in
+chunks, or it cannot be told which mask is the layer's; then the window lives in the mask.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, StaticCache, StaticLayer, StaticSlidingWindowLayer
+
+from tinyfuse.runtime.window import MASK, WindowLayer, ring_masks
 
 STEP = 256
 KEPT = 4  # caches of different batch or length that stay allocated
@@ -30,11 +33,12 @@ def cache_length(tokens: int) -> int:
 
 @dataclass
 class Slot:
-    """One static cache and the decode steps that are bound to its memory."""
+    """One static cache and the decode steps that are bound to its memory. ``rings``: the masks of windowed layers."""
 
     cache: StaticCache
     batch: int
     length: int
+    rings: dict[str, int]
     steps: dict[Any, Any] = field(default_factory=dict)
 
     def layers(self) -> list[StaticLayer]:
@@ -43,6 +47,12 @@ class Slot:
     def counters(self) -> list[Tensor]:
         """How many tokens each layer holds, on the device."""
         return [layer.cumulative_length for layer in self.layers()]
+
+    def fill_with_prompt(self, filling: bool) -> None:
+        """Whether what comes next is the prompt, into the empty cache."""
+        for layer in self.layers():
+            if isinstance(layer, WindowLayer):
+                layer.filling = filling
 
     def nbytes(self) -> int:
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers())
@@ -63,10 +73,12 @@ class NotPlain(Exception):
     """The model keeps more than keys and values; the message says what."""
 
 
-def _static_cache(model: torch.nn.Module, length: int) -> StaticCache:
+def _static_cache(model: torch.nn.Module, length: int, windows: bool = False) -> StaticCache:
     cache = StaticCache(model.config, max_cache_len=length)
     for index, layer in enumerate(cache.layers):
-        if type(layer) in (StaticLayer, StaticSlidingWindowLayer):
+        if windows and type(layer) is StaticSlidingWindowLayer and layer.max_cache_len < length:
+            cache.layers[index] = WindowLayer(length, layer.max_cache_len)
+        elif type(layer) in (StaticLayer, StaticSlidingWindowLayer):
             cache.layers[index] = StaticLayer(length)
         elif type(layer).__name__ != "DummyLayer":  # of a layer that shares or needs none
             raise NotPlain(f"the cache has a layer of type {type(layer).__name__}, not a plain key/value layer")
@@ -78,10 +90,11 @@ class CachePool:
 
     def __init__(self, model: torch.nn.Module, forward: Callable[..., Any]) -> None:
         self.model, self.forward = model, forward
-        self.slots: OrderedDict[tuple[int, int], Slot] = OrderedDict()
+        self.slots: OrderedDict[tuple[int, int, bool], Slot] = OrderedDict()
         self.state: tuple[torch.device, torch.dtype] | None = None
         self.unusable: str | None = None
         self.shapes: list[tuple[Tensor, Tensor] | None] = []
+        self.masks: list[str] = []
 
     def learn(self) -> str | None:
         """Find out what the model writes to a static cache; the reason if it cannot use one."""
@@ -90,25 +103,33 @@ class CachePool:
             self.slots.clear()
             self.state, self.unusable = state, None
             try:
-                self.shapes = _probe(self.model, self.forward)
+                self.shapes, self.masks = _probe(self.model, self.forward)
             except NotPlain as error:
                 self.unusable = str(error)
             except Exception as error:
                 self.unusable = f"the model does not run with a static cache: {type(error).__name__}: {error}"
         return self.unusable
 
-    def acquire(self, batch: int, tokens: int) -> Slot:
-        """An empty slot for ``batch`` sequences of up to ``tokens`` tokens; up to twice as long if one is at hand."""
+    def acquire(self, batch: int, tokens: int, whole: bool) -> Slot:
+        """An empty slot for ``batch`` sequences of up to ``tokens`` tokens; up to twice as long if one is at hand.
+        ``whole``: windowed layers hold everything too."""
         length = cache_length(tokens)
-        fitting = [key for key in self.slots if key[0] == batch and length <= key[1] <= 2 * length]
-        key = min(fitting, default=(batch, length))
+        fitting = [k for k in self.slots if k[::2] == (batch, whole) and length <= k[1] <= 2 * length]
+        key = min(fitting, default=(batch, length, whole))
         if key not in self.slots:
-            slot = Slot(_static_cache(self.model, length), batch, length)
+            slot = self._slot(batch, length, whole)
             self._evict()
             self._allocate(slot)
             self.slots[key] = slot
         self.slots.move_to_end(key)
         return self.slots[key]
+
+    def _slot(self, batch: int, length: int, whole: bool) -> Slot:
+        cache = _static_cache(self.model, length, windows=not whole)
+        rings = ring_masks(_layer_types(self.model), cache.layers, self.masks)
+        if rings is None:
+            cache, rings = _static_cache(self.model, length), {}
+        return Slot(cache, batch, length, rings)
 
     def _allocate(self, slot: Slot) -> None:
         """All counters lie in one tensor, so that one kernel advances them."""
@@ -120,8 +141,9 @@ class CachePool:
                 keys, values = (like.new_zeros(slot.batch, like.shape[1], 0, like.shape[3]) for like in shapes)
                 layer.lazy_initialization(keys, values)
                 layer.cumulative_length = counter.to(layer.device)
-                for tensor in (layer.keys, layer.values):
-                    torch._dynamo.maybe_mark_dynamic(tensor, 2)
+                if not isinstance(layer, WindowLayer):
+                    for tensor in (layer.keys, layer.values):
+                        torch._dynamo.maybe_mark_dynamic(tensor, 2)
 
     def _evict(self) -> None:
         layers = [shapes for shapes in self.shapes if shapes is not None]
@@ -133,8 +155,16 @@ class CachePool:
             self.slots.popitem(last=False)
 
 
-def _probe(model: torch.nn.Module, forward: Callable[..., Any]) -> list[tuple[Tensor, Tensor] | None]:
-    """Per layer an empty tensor with the heads, head size, dtype and device of its keys, and one of its values.
+def _layer_types(model: torch.nn.Module) -> list[str]:
+    """As ``StaticCache`` reads them."""
+    config = model.config.get_text_config(decoder=True)
+    types = getattr(config, "layer_types", None)
+    return types if types is not None else ["every_layer"] * config.num_hidden_layers
+
+
+def _probe(model: torch.nn.Module, forward: Callable[..., Any]) -> tuple[list[tuple[Tensor, Tensor] | None], list[str]]:
+    """Per layer an empty tensor with the heads, head size, dtype and device of its keys, and one of its values; and the
+    names of the masks that transformers prepares for a token.
 
     They come from the stock forward of two tokens on a longer cache, since configurations name them in too many ways
     and some models do not run on a static cache at all. Raises NotPlain, and what the forward raises.
@@ -143,7 +173,21 @@ def _probe(model: torch.nn.Module, forward: Callable[..., Any]) -> list[tuple[Te
         cache = _static_cache(model, 4)
         ids = torch.zeros((1, 2), dtype=torch.long, device=model.device)
         forward(input_ids=ids, past_key_values=cache, use_cache=True)
-    return [
+        more, mask = ids.new_zeros(1, 3), ids.new_ones(1, 3)
+        try:
+            prepared = model.prepare_inputs_for_generation(
+                more, next_sequence_length=1, past_key_values=cache, attention_mask=mask, use_cache=True
+            )
+        except Exception:  # a model that wants more arguments than these
+            prepared = {}
+    shapes = [
         (layer.keys[:, :, :0], layer.values[:, :, :0]) if isinstance(layer, StaticLayer) else None
         for layer in cache.layers
     ]
+    return shapes, _masks(prepared.get(MASK))
+
+
+def _masks(given: Any) -> list[str]:
+    if isinstance(given, dict):
+        return [f"{MASK}.{kind}" for kind, mask in given.items() if isinstance(mask, Tensor) and mask.dim() == 4]
+    return [MASK] if isinstance(given, Tensor) and given.dim() == 4 else []

@@ -24,6 +24,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerationM
 from tinyfuse.runtime.cache import Slot
 from tinyfuse.runtime.step import Inputs, NotAdvanceable, Step, block_rows, kind
 from tinyfuse.runtime.tail import Choice, Tail, choice
+from tinyfuse.runtime.window import in_rings
 
 LAG = 2  # tokens that the device may be ahead of the host's check for the end
 
@@ -119,13 +120,15 @@ def _generation_arguments(call: dict[str, Any]) -> dict[str, Any]:
 class Decoder:
     """Feeds one token after the other to the model, for one call of ``generate``.
 
-    ``ids(n)`` gives the prompt and the first n generated tokens. The buffers of a step are checked against
-    transformers' own inputs at the second token, once per kind of call; where they differ, and where no buffers can
-    follow, transformers prepares every token.
+    ``ids(n)`` gives the prompt, which takes ``prompt`` positions, and the first n generated tokens. The buffers of a
+    step are checked against transformers' own inputs at the second token, once per kind of call; where they differ, and
+    where no buffers can follow, transformers prepares every token.
     """
 
-    def __init__(self, runtime, slot: Slot, outputs: Any, kwargs: dict[str, Any], ids: Callable[[int], Tensor]):
-        self.runtime, self.model, self.slot, self.ids = runtime, runtime.model, slot, ids
+    def __init__(
+        self, runtime, slot: Slot, outputs: Any, kwargs: dict[str, Any], ids: Callable[[int], Tensor], prompt: int
+    ):
+        self.runtime, self.model, self.slot, self.ids, self.prompt = runtime, runtime.model, slot, ids, prompt
         self.outputs, self.kwargs = outputs, kwargs
         self.fed, self.kwargs_at, self.loaded_at = 0, 1, 1
         self.step: Step | None = None
@@ -201,7 +204,8 @@ class Decoder:
         if more:
             ids = torch.cat([ids, ids.new_zeros(len(ids), more)], dim=1)
         kwargs = self._follow(self.kwargs, more)
-        return self.model.prepare_inputs_for_generation(ids, next_sequence_length=1 + more, **kwargs)
+        inputs = self.model.prepare_inputs_for_generation(ids, next_sequence_length=1 + more, **kwargs)
+        return in_rings(inputs, self.slot.rings, self.prompt + self.fed - 1)
 
     def _follow(self, kwargs: dict[str, Any], tokens: int) -> dict[str, Any]:
         """The model's keyword arguments ``tokens`` tokens later."""
@@ -294,7 +298,8 @@ def generate_tokens(
     # Buffers outlive the call: under the caller's inference mode they could not be written to outside of it.
     with torch.inference_mode(False), torch.no_grad():
         runtime.recordings.refresh()
-        slot = runtime.pool.acquire(len(input_ids), prompt + limit)
+        whole = generation_config.return_dict_in_generate or generation_config.prefill_chunk_size is not None
+        slot = runtime.pool.acquire(len(input_ids), prompt + limit, bool(whole))
         loop = Loop(runtime, slot, input_ids, logits_processor, stopping_criteria, generation_config, streamer, limit)
         with runtime.in_order(input_ids.device):
             try:
@@ -369,11 +374,13 @@ class Loop:
         """``kwargs`` of the model for a prompt of that many positions."""
         model, prepared = self.runtime.model, kwargs["past_key_values"]
         kwargs["past_key_values"] = self.slot.cache
+        self.slot.fill_with_prompt(True)
         outputs = _prefill(self.runtime, self.input_ids, self.config, kwargs)
+        self.slot.fill_with_prompt(False)
         logits = outputs.logits[:, -1]
         outputs = type(outputs)(**{name: value for name, value in outputs.items() if name != "logits"})
         kwargs = model._update_model_kwargs_for_generation(outputs, kwargs)
-        decoder = Decoder(self.runtime, self.slot, outputs, kwargs, self.ids)
+        decoder = Decoder(self.runtime, self.slot, outputs, kwargs, self.ids, prompt)
         with model._optimize_model_for_decode():
             while not self._choose(logits):
                 decoder.arrive(self.tokens[-1])

@@ -18,6 +18,7 @@ from tinyfuse.fallback import FallbackError
 from tinyfuse.graph.record import Declined, Given, Recording, record
 from tinyfuse.report import Report, collect
 from tinyfuse.runtime.forward import GraphCall, sequence_dims
+from tinyfuse.runtime.window import WindowLayer
 
 MOST = 4  # recordings of one kind, which differ in what the code decided by sizes
 CACHE = "past_key_values"
@@ -208,6 +209,7 @@ def _split(arguments: dict[str, Any]) -> tuple[dict[str, Given], list[Any]]:
     for name, value in arguments.items():
         if name == CACHE and type(value) is StaticCache:
             given |= _cache_tensors(value)
+            rest.append((name, "windows", tuple(getattr(layer, "window", None) for layer in value.layers)))
             continue
         for key, item in value.items() if type(value) is dict else [("", value)]:
             if isinstance(item, Tensor):
@@ -225,7 +227,8 @@ def _cache_tensors(cache: StaticCache) -> dict[str, Given]:
         if isinstance(layer, StaticLayer):
             for name in STATE:
                 tensor = getattr(layer, name)
-                given[f"{CACHE}.{index}.{name}"] = Given(tensor, (2,) if tensor.dim() == 4 else (), CACHE)
+                dynamic = (2,) if tensor.dim() == 4 and not isinstance(layer, WindowLayer) else ()
+                given[f"{CACHE}.{index}.{name}"] = Given(tensor, dynamic, CACHE)
     return given
 
 
@@ -259,7 +262,8 @@ def _mirror_cache(cache: StaticCache, fakes: dict[str, Tensor]) -> StaticCache:
         if isinstance(layer, StaticLayer):
             for name in STATE:
                 setattr(layer, name, fakes[f"{CACHE}.{index}.{name}"])
-            layer.max_cache_len = layer.keys.shape[2]
+            if not isinstance(layer, WindowLayer):
+                layer.max_cache_len = layer.keys.shape[2]
     return mirror
 
 
