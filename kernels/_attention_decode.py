@@ -61,12 +61,13 @@ def _live_blocks(mask, stride, Skv, split, splits, blocks, BLOCK_N: tl.constexpr
 
 @jit
 def _block_mask(
-    mask, stride, n, Skv, row, rows_ok, KIND: tl.constexpr, BY_ROW: tl.constexpr, CAUSAL: tl.constexpr
+    mask, stride, n, first, last, read, row, rows_ok, KIND: tl.constexpr, BY_ROW: tl.constexpr, CAUSAL: tl.constexpr
 ):  # fmt: skip
     """(keys that some row attends [N], bias of the scores [rows or 1, N]): -inf where a key is masked.
 
-    mask: pointers [rows] if BY_ROW, else one pointer."""
-    inside = n < Skv
+    Keys lie from ``first`` to ``last``. mask: pointers [rows] if BY_ROW, else one pointer, of which a bool mask is True
+    from ``read`` on."""
+    inside = (n >= first) & (n < last)
     keep = inside
     bias = tl.where(inside, 0.0, float("-inf"))[None, :]
     if BY_ROW:
@@ -78,11 +79,11 @@ def _block_mask(
         else:
             bias += to_log2(value)
     elif KIND != 0:
-        value = tl.load(mask + n.to(tl.int64) * stride, mask=inside, other=0)
         if KIND == 1:
-            keep = value != 0
+            keep = inside & (tl.load(mask + n.to(tl.int64) * stride, mask=inside & (n < read), other=1) != 0)
             bias = tl.where(keep, 0.0, float("-inf"))[None, :]
         else:
+            value = tl.load(mask + n.to(tl.int64) * stride, mask=inside, other=0)
             bias += to_log2(value)[None, :]
     if CAUSAL:
         bias = tl.where(n[None, :] <= row[:, None], bias, float("-inf"))
@@ -146,7 +147,7 @@ def _turned(x, cos, sin, d, mask, cos_r, sin_r, R: tl.constexpr, INTERLEAVED: tl
 
 @jit
 def _decode(
-    q, k, v, mask, out, partial, stats, counters, new_k, new_v, cos, sin, pos, scale, H, Sq, Skv, splits,
+    q, k, v, mask, bounds, out, partial, stats, counters, new_k, new_v, cos, sin, pos, scale, H, Sq, Skv, splits,
     q_b, q_h, q_m, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, mask_h, mask_m, mask_n,
     new_k_b, new_k_h, new_v_b, new_v_h, cos_b, cos_r, sin_b, sin_r,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -187,6 +188,7 @@ def _decode(
     lo = 0
     hi = tl.cdiv(tl.maximum(tl.cdiv(Skv, BLOCK_N) - split, 0), splits)
     mask_ptr = mask
+    first, last, read = 0, Skv, Skv
     if KIND != 0:
         mask += b * mask_b + kv_head * GROUP * mask_h
         mask_ptr = mask
@@ -194,16 +196,22 @@ def _decode(
             mask_ptr = mask + (r // Sq).to(tl.int64) * mask_h + row.to(tl.int64) * mask_m
         if KIND == 1:
             blocks = hi
-            lo = blocks
-            hi = 0
-            last_row = first_row + 1
-            if BY_ROW:
-                last_row = tl.minimum(first_row + BLOCK_R, GROUP * Sq)
-            for i in range(first_row, last_row):
-                line = mask + (i // Sq).to(tl.int64) * mask_h + (i % Sq).to(tl.int64) * mask_m
-                begin, end = _live_blocks(line, mask_n, Skv, split, splits, blocks, BLOCK_N, SCAN)
-                lo = tl.minimum(lo, begin)
-                hi = tl.maximum(hi, end)
+            if bounds is not None:
+                bounds += b * 4
+                first, last, read = tl.load(bounds), tl.load(bounds + 1), tl.load(bounds + 2)
+                lo = tl.cdiv(tl.maximum(first // BLOCK_N - split, 0), splits)
+                hi = tl.minimum(hi, tl.cdiv(tl.maximum(tl.cdiv(last, BLOCK_N) - split, 0), splits))
+            else:
+                lo = blocks
+                hi = 0
+                last_row = first_row + 1
+                if BY_ROW:
+                    last_row = tl.minimum(first_row + BLOCK_R, GROUP * Sq)
+                for i in range(first_row, last_row):
+                    line = mask + (i // Sq).to(tl.int64) * mask_h + (i % Sq).to(tl.int64) * mask_m
+                    begin, end = _live_blocks(line, mask_n, Skv, split, splits, blocks, BLOCK_N, SCAN)
+                    lo = tl.minimum(lo, begin)
+                    hi = tl.maximum(hi, end)
 
     top = tl.full([BLOCK_R], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_R], tl.float32)
@@ -220,14 +228,16 @@ def _decode(
             value = tl.load(new_v + b * new_v_b + kv_head * new_v_h + e[None, :], mask=value_ok, other=0.0)
             tl.store(k + b * k_b + kv_head * k_h + at * k_n + column, key, mask=column_ok)
             tl.store(v + b * v_b + kv_head * v_h + at * v_n + e[None, :], value, mask=value_ok)
-            _, bias = _block_mask(mask_ptr, mask_n, at + tl.arange(0, 1), Skv, row, rows_ok, KIND, BY_ROW, CAUSAL)
+            _, bias = _block_mask(
+                mask_ptr, mask_n, at + tl.arange(0, 1), first, last, read, row, rows_ok, KIND, BY_ROW, CAUSAL
+            )
             score = tl.sum(query.to(tl.float32) * key.to(tl.float32), 1)
             top = tl.sum(score[:, None] * scale + bias, 1)
             total = tl.exp2(top - tl.where(top == float("-inf"), 0.0, top))
             acc = total[:, None] * value.to(tl.float32)
     for i in tl.range(lo, hi, num_stages=STAGES):
         start = tl.cast((split + i * splits) * BLOCK_N, tl.int64)
-        keep, bias = _block_mask(mask_ptr, mask_n, start + tile, Skv, row, rows_ok, KIND, BY_ROW, CAUSAL)
+        keep, bias = _block_mask(mask_ptr, mask_n, start + tile, first, last, read, row, rows_ok, KIND, BY_ROW, CAUSAL)
         if new_k is not None:
             keep = keep & (start + tile != at)
             bias = tl.where((start + tile != at)[None, :], bias, float("-inf"))
@@ -341,9 +351,10 @@ def _strides_of_new(new: New | None) -> tuple[int, ...]:
 
 def decode(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool, chosen: Plan | None = None,
-    new: New | None = None,
+    new: New | None = None, bounds: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Launch the kernels; arguments as in ``attention``, ``chosen`` overrides :func:`plan`."""
+    """Launch the kernels; arguments as in ``attention``, ``chosen`` overrides :func:`plan`; ``bounds`` are those of a
+    mask that is the same for all rows and heads (``mask_bounds``)."""
     B, H, Sq, D = q.shape
     kv_heads, DV = k.shape[1], v.shape[3]
     Skv = min(k.shape[2], Sq) if is_causal else k.shape[2]
@@ -369,7 +380,7 @@ def decode(
         counted = counters(q.device, p.splits, kv_heads * B * row_blocks)
     merge = (0, 0) if counted is None else (merge_rows, steps)
     _decode[(p.splits, kv_heads, B * row_blocks)](
-        q, k, v, mask, out, partial, stats, counted, *(new[:5] if new else (None,) * 5),
+        q, k, v, mask, bounds, out, partial, stats, counted, *(new[:5] if new else (None,) * 5),
         scale * 1.4426950408889634, H, Sq, Skv, p.splits,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *strides, *_strides_of_new(new),
         group, D, DV, block_d, block_dv, row_blocks, p.block_r, p.block_n, scan, p.stages,

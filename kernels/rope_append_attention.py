@@ -1,7 +1,8 @@
 """A token's attention over a static cache, from the q/k/v linears on: rotate q and k, write k and v, attend.
 
 q [B, H, 1, D], k [B, Hkv, 1, D], v [B, Hkv, 1, Dv], cos ... interleaved as in ``rope_append``; mask and scale as in
-``attention``, over the whole cache with the new token in it. Returns [B, H, 1, Dv], laid out as ``attention``'s.
+``attention``, over the whole cache with the new token in it; bounds, if given, are the mask's ``mask_bounds``. Returns
+[B, H, 1, Dv], laid out as ``attention``'s.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from tinyfuse.op import Kernel, register
 
 def reference(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, pos: Tensor,
-    interleaved: bool, mask: Tensor | None, scale: float,
+    interleaved: bool, mask: Tensor | None, scale: float, bounds: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     q = rope_append.reference(q, k, v, cos, sin, keys, values, pos, interleaved)
     return attention.reference(q, keys, values, mask, scale, False)
@@ -23,14 +24,14 @@ def reference(
 
 def fake(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, pos: Tensor,
-    interleaved: bool, mask: Tensor | None, scale: float,
+    interleaved: bool, mask: Tensor | None, scale: float, bounds: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     return attention.fake(q, keys, values, mask, scale, False)
 
 
 def supports_triton(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, pos: Tensor,
-    interleaved: bool, mask: Tensor | None, scale: float,
+    interleaved: bool, mask: Tensor | None, scale: float, bounds: Tensor | None = None,
 ) -> str | None:  # fmt: skip
     if q.shape[2] != 1:
         return f"the kernel takes one token, not {q.shape[2]}"
@@ -43,14 +44,16 @@ def supports_triton(
 
 def run_triton(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, pos: Tensor,
-    interleaved: bool, mask: Tensor | None, scale: float,
+    interleaved: bool, mask: Tensor | None, scale: float, bounds: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    return attention.decode(q, keys, values, mask, scale, False, new=New(k, v, cos, sin, pos, interleaved))
+    return attention.decode(
+        q, keys, values, mask, scale, False, new=New(k, v, cos, sin, pos, interleaved), bounds=bounds
+    )
 
 
 def supports_native(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, pos: Tensor,
-    interleaved: bool, mask: Tensor | None, scale: float,
+    interleaved: bool, mask: Tensor | None, scale: float, bounds: Tensor | None = None,
 ) -> str | None:  # fmt: skip
     return attention.supports_native(q, keys, values, mask, scale, False) or rope_append.supports_native(
         q, k, v, cos, sin, keys, values, pos, interleaved
@@ -59,7 +62,7 @@ def supports_native(
 
 def run_native(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, pos: Tensor,
-    interleaved: bool, mask: Tensor | None, scale: float,
+    interleaved: bool, mask: Tensor | None, scale: float, bounds: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     q = rope_append.run_native(q, k, v, cos, sin, keys, values, pos, interleaved)
     return attention.run_native(q, keys, values, mask, scale, False)
@@ -67,7 +70,7 @@ def run_native(
 
 OP = register(
     "rope_append_attention(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values,"
-    " Tensor pos, bool interleaved, Tensor? mask, float scale) -> Tensor",
+    " Tensor pos, bool interleaved, Tensor? mask, float scale, Tensor? bounds=None) -> Tensor",
     reference=reference,
     fake=fake,
     kernels=[

@@ -12,6 +12,7 @@ from tinyfuse.kernels import (
     gated_act,
     kv_append,
     layer_norm,
+    mask_bounds,
     rms_norm,
     rope,
     rope_append,
@@ -206,8 +207,14 @@ def check_attention_step(B, H, kv_heads, L, at, D, Dv, R, kind, interleaved, mas
     before = whole_keys.clone(), whole_values.clone()
     args = (q, k, v, cos, sin, keys, values, *rest)
     assert rope_append_attention.supports_triton(*args) is None
+    if mask is not None and mask.dtype == torch.bool:
+        bounds = mask_bounds.run_triton(mask)
+        assert torch.equal(bounds, mask_bounds.reference(mask))
+        again = rope_append_attention.run_triton(*args, bounds)
+        keys.copy_(before[0][:, 1:, 1:-1, 8:]), values.copy_(before[1][:, 1:, 1:-1, 8:])
     out = rope_append_attention.run_triton(*args)
     assert out.transpose(1, 2).is_contiguous()
+    assert mask is None or mask.dtype != torch.bool or torch.equal(out, again)
     assert_as_exact_as_eager("attention", out, eager, exact)
     assert torch.equal(values.nan_to_num(7.0), eager_values.nan_to_num(7.0))
     assert_as_exact_as_eager("rope", keys[:, :, at], eager_keys[:, :, at], exact_keys[:, :, at])

@@ -6,7 +6,7 @@ import torch
 
 from tests.graphs import Built
 from tinyfuse.graph.pattern import call, tensor
-from tinyfuse.graph.tidy import batch_counters, drop_dead, share_common
+from tinyfuse.graph.tidy import batch_counters, bound_masks, drop_dead, share_common
 
 x, y = tensor("x y")
 
@@ -83,3 +83,25 @@ def test_counters_that_step_further_are_left_alone() -> None:
     share_common(built.graph)
     batch_counters(built.graph)
     assert targets(built).count("add_") == 3
+
+
+def test_the_bounds_of_a_mask_are_found_once() -> None:
+    captures = {name: tensor(name) for name in ("q", "k", "v", "cos", "keys", "more", "values", "pos", "mask")}
+    q, k, v, cos, keys, more, values, pos, mask = captures.values()
+
+    def attended(keys: object) -> object:
+        args = q, k, v, cos, cos, keys, values, pos, False, mask, 0.5
+        return call(torch.ops.tinyfuse.rope_append_attention.default, *args)
+
+    example = {"q": torch.randn(2, 4, 1, 8), "k": torch.randn(2, 2, 1, 8), "v": torch.randn(2, 2, 1, 8)}
+    example |= {name: torch.randn(2, 2, 9, 8) for name in ("keys", "more", "values")}
+    example |= {"cos": torch.randn(2, 1, 1, 8), "pos": torch.tensor([3]), "mask": torch.rand(2, 1, 1, 9) < 0.7}
+    built = Built([attended(keys), attended(more)], example)
+    expected = built.run()
+    bound_masks(built.graph)
+    assert torch.ops.tinyfuse.mask_bounds.default not in targets(built), "the CPU has no use for them"
+    bound_masks(built.graph, "cpu")
+    built.graph.lint()
+    assert targets(built).count(torch.ops.tinyfuse.mask_bounds.default) == 1
+    for got, want in zip(built.run()[0], expected[0], strict=True):
+        assert torch.equal(got, want)

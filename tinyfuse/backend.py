@@ -16,7 +16,7 @@ from tinyfuse.graph.library import all_patterns
 from tinyfuse.graph.lower import lower
 from tinyfuse.graph.normalize import normalize
 from tinyfuse.graph.rewrite import rewrite
-from tinyfuse.graph.tidy import batch_counters, drop_dead, share_common
+from tinyfuse.graph.tidy import batch_counters, bound_masks, drop_dead, share_common
 from tinyfuse.report import account
 
 MODES = (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -82,6 +82,7 @@ def compile_graph(traced: Graph) -> Callable[..., Any]:
     share_common(graph)
     outcome = rewrite(graph, all_patterns())
     batch_counters(graph)
+    bound_masks(graph)
     drop_dead(graph)
     run, choices = lower(graph)
     return account(run, traced, copies, outcome, choices)

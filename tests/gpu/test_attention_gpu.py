@@ -230,7 +230,7 @@ STEPS = [
 
 @pytest.mark.parametrize("shape", STEPS)
 @pytest.mark.parametrize("kind, interleaved", [("batched", False), ("expanded", True)])
-@pytest.mark.parametrize("masked", ["prefix", "window", "float", "none"])
+@pytest.mark.parametrize("masked", ["prefix", "window", "holes", "float", "none"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_attention_step(shape, kind, interleaved, masked, dtype):
     B, _, _, L, at = shape[:5]
@@ -238,6 +238,7 @@ def test_attention_step(shape, kind, interleaved, masked, dtype):
     mask = {
         "prefix": j <= at,
         "window": (j <= at) & (j > at - 50),
+        "holes": (j <= at) & (j % 7 > 0),
         "float": torch.where(torch.rand(B, 1, 1, L, device="cuda") < 0.5, 0.0, -9.0).to(dtype),
         "none": None,
     }[masked]

@@ -155,6 +155,7 @@ def calls():
     yield "kv_append", (keys, values, heads, heads, pos)
     yield "rope_append", (heads, heads, heads, cos, sin, keys, values, pos, True)
     yield "rope_tables", (torch.arange(3, device="cuda")[None], torch.rand(8, device="cuda"), 1.0, torch.float16)
+    yield "mask_bounds", (torch.rand(3, 1, 1, 70, device="cuda") < 0.5,)
     yield "gated_act", (*x.chunk(2, -1), "gelu_tanh")
 
 

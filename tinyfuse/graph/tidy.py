@@ -1,4 +1,4 @@
-"""Small rewrites that are no pattern: shared views, dead nodes, cache counters advanced together."""
+"""Small rewrites that are no pattern: shared views, dead nodes, what all layers compute alike."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+import tinyfuse.kernels.mask_bounds
+import tinyfuse.kernels.rope_append_attention
 import tinyfuse.kernels.step_counters  # noqa: F401
 from tinyfuse.graph.nodes import is_tensor, storage, value, writes
 from tinyfuse.graph.rewrite import run_fake
@@ -36,6 +38,28 @@ def drop_dead(graph: Graph) -> None:
     for node in reversed(graph.nodes):
         if not node.users and node.target in (*_VIEWS, torch.reshape, torch.arange, operator.getitem):
             graph.erase_node(node)
+
+
+def bound_masks(graph: Graph, device: str = "cuda") -> None:
+    """Find out once where a decode step's bool mask begins and ends, not in every layer's attention; CPU kernels have
+    no use for it."""
+    attention, bounds = torch.ops.tinyfuse.rope_append_attention.default, {}
+    for node in list(graph.nodes):
+        mask = node.args[9] if node.target is attention else None
+        if mask is None or not _one_row_each(value(mask), value(node.args[0]), device):
+            continue
+        if any(w is mask for n in graph.nodes for w in writes(n)):
+            continue
+        if mask not in bounds:
+            with graph.inserting_before(node):
+                bounds[mask] = _emit(graph, torch.ops.tinyfuse.mask_bounds.default, (mask,))
+        node.args = (*node.args[:11], bounds[mask])
+
+
+def _one_row_each(mask: torch.Tensor, q: torch.Tensor, device: str) -> bool:
+    """Whether a mask is bool, with one row for all heads of each sequence."""
+    rows = mask.dim() == 4 and tuple(mask.shape[:3]) == (q.shape[0], 1, 1)
+    return rows and mask.dtype == torch.bool and mask.device.type == device
 
 
 def batch_counters(graph: Graph) -> None:
