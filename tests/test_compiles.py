@@ -1,0 +1,148 @@
+"""Every Triton kernel compiles for Hopper, on a machine without a GPU: through PTX to machine code, not run.
+
+The interpreter runs what a compiler would refuse: a variable that changes its type in a branch, a missing argument of
+an inner function in a branch that is not taken.
+"""
+
+import importlib
+import pkgutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+import tinyfuse.kernels
+from tinyfuse.kernels import (
+    _advance,
+    _attention_decode,
+    _attention_prefill,
+    _gemm,
+    _gemv,
+    _greedy,
+    _one_row,
+    add_layer_norm,
+    add_rms_norm,
+    gated_act,
+    kv_append,
+    layer_norm,
+    mask_bounds,
+    rms_norm,
+    rms_norm_gated_linear,
+    rms_norm_linear_group,
+    rope,
+    rope_append,
+    rope_append_attention,
+    rope_tables,
+    step_counters,
+)
+
+BF16 = torch.bfloat16
+HOPPER = SimpleNamespace(
+    get_current_device=lambda: 99,  # no real one's
+    get_current_stream=lambda device: 0,
+    get_current_target=lambda: GPUTarget("cuda", 90, 32),
+)
+
+
+@pytest.fixture
+def compiled(monkeypatch, tmp_path):
+    """The names of the kernels compiled: a launch compiles and does nothing else. With dependent launch."""
+    names = []
+    run = JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **options):
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        assert kernel.asm["cubin"]
+        names.append(self.__name__)
+
+    monkeypatch.setattr(JITFunction, "run", compile_only)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    for info in pkgutil.iter_modules(tinyfuse.kernels.__path__):
+        module = importlib.import_module(f"tinyfuse.kernels.{info.name}")
+        if hasattr(module, "pdl"):
+            monkeypatch.setattr(module, "pdl", lambda device: True)
+        for name, value in list(vars(module).items()):
+            if name.lstrip("_").startswith("bind"):
+                value.cache_clear()
+    monkeypatch.setattr(driver, "_active", HOPPER)
+    return names
+
+
+def ones(*shape, dtype=BF16):
+    return torch.ones(shape, dtype=dtype)
+
+
+def weight(N, K, int8):
+    return (ones(N, K, dtype=torch.int8), ones(N, dtype=torch.float32)) if int8 else (ones(N, K), None)
+
+
+def test_norms_and_rotation(compiled):
+    x, gain = ones(2, 3, 256), ones(256)
+    rms_norm.run_triton(x, gain, 1e-5, False, True)
+    add_rms_norm.run_triton(x, x, gain, 1e-5, True, False)
+    layer_norm.run_triton(x, gain, gain, 1e-5)
+    add_layer_norm.run_triton(x, x, gain, gain, 1e-5)
+    gated_act.run_triton(x, x, "gelu")
+    heads, table, cache, pos = ones(1, 4, 2, 64), ones(1, 1, 2, 64), ones(1, 4, 9, 64), torch.arange(2)
+    for interleaved in (False, True):
+        rope.run_triton(heads, table, table, interleaved)
+        rope_append.run_triton(heads, heads, heads, table, table, cache, cache.clone(), pos, interleaved)
+    kv_append.run_triton(cache, cache.clone(), heads, heads, pos)
+    rope_tables.run_triton(pos[None], ones(32, dtype=torch.float32), 1.0, BF16)
+    assert len(set(compiled)) >= 6
+
+
+@pytest.mark.parametrize("D, heads, kv_heads", [(128, 4, 4), (64, 8, 2)])
+def test_attention(compiled, D, heads, kv_heads):
+    L = 512
+    cache, new = ones(2, kv_heads, L, D), ones(2, kv_heads, 1, D)
+    q, table, pos = ones(2, heads, 1, D), ones(2, 1, 1, D), torch.tensor([3])
+    row, bias = torch.ones(2, 1, 1, L, dtype=torch.bool), ones(2, 1, 1, L)
+    for mask, bounds in ((row, mask_bounds.run_triton(row)), (row, None), (bias, None), (None, None)):
+        rope_append_attention.run_triton(q, new, new, table, table, cache, cache.clone(), pos, False, mask, 0.1, bounds)
+        _attention_decode.decode(q, cache, cache, mask, 0.1, False)
+    prompt = ones(2, heads, 40, D)
+    _attention_decode.decode(prompt[:, :, :3], cache, cache, row.expand(2, heads, 3, L), 0.1, False)
+    _attention_prefill.prefill(prompt, cache, cache, row.expand(2, 1, 40, L), 0.1, False)
+    _attention_prefill.prefill(prompt, prompt[:, :kv_heads], prompt[:, :kv_heads], None, 0.1, True)
+    assert {"_decode", "_prefill", "_map", "_mask_bounds"} <= set(compiled)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_linears(compiled, int8):
+    K = 1024
+    parts = [weight(N, K, int8) for N in (256, 128, 128)]
+    weights, scales, none = [w for w, _ in parts], [s for _, s in parts], [None] * 3
+    x, norm = ones(1, K), (ones(K), 1e-5, False, True)
+    residual = x, weights[:1], scales[:1], [ones(256)], ones(1, 256)
+    _one_row.one_row(*residual)
+    rms_norm_linear_group.run_one_row(x, *norm, weights, scales, none)
+    pair = weights[1], weights[2], scales[1], scales[2], None, None, "silu"
+    rms_norm_gated_linear.run_one_row(x, *norm, *pair)
+    several = x.expand(4, K)
+    if int8:
+        for rows in (4, 40, 200):
+            _gemm.gemm(x.repeat(rows, 1), weights[:1], scales[:1], [None], ones(rows, 256))
+        rms_norm_linear_group.run_tensor_core(several, *norm, weights, scales, none)
+        _gemm.dequantize(weights[0], scales[0], BF16)
+        assert {"_one_row", "_split", "_norm_split", "_gemm", "_combine", "_cast"} <= set(compiled)
+    else:
+        _gemv.gemv(several, weights, none)
+        _gemv.gemv(several, weights[:2], none[:2], None, "silu")
+        assert {"_one_row", "_gemv"} <= set(compiled)
+
+
+def test_what_surrounds_a_step(compiled):
+    ids, one = torch.zeros(2, dtype=torch.long), torch.zeros(1, dtype=torch.long)
+    for dtype in (BF16, torch.float32):
+        _greedy.greedy(
+            ones(2, 5000, dtype=dtype), ids, ids[:1], one[0], ids + 1, one, ids[:, None], ids.expand(9, 2).mT
+        )
+    mask, positions = torch.ones(2, 1, 9, 100, dtype=torch.bool), torch.ones(2, 9, dtype=torch.long)
+    buffers = [mask[:, :, :1].contiguous(), positions[:, :1].contiguous()]
+    _advance.advance([mask, positions], [2, 1], buffers, one, one.clone())
+    step_counters.run_triton(list(torch.zeros(4, dtype=torch.long).unbind()), [0, 6, 6, 0])
+    assert {"_peaks", "_choose", "_advance"} <= set(compiled)
