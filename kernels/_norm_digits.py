@@ -27,8 +27,8 @@ def _norm_split(
             _rows.prefetch(weight, K, BLOCK)
         tl.extra.cuda.gdc_wait()
     value = tl.load(x + row * stride + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
+    gain = _rows.load_gain(weight, k[None, :], K)  # on its way during the sum, past whose barrier no load is moved up
     factor = tl.rsqrt(tl.sum(value * value, 1) / K + eps)
-    gain = _rows.load_gain(weight, k[None, :], K)
     value = _rows.scaled(value, factor, gain, x.dtype.element_ty, UNIT_OFFSET, CAST_FIRST)
     _gemm.store_digits(tl.reshape(value, [BLOCK]).to(tl.float32), out, scale, row, k, rows, K, DIGITS)
 

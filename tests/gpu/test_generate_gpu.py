@@ -231,6 +231,34 @@ def test_tokens_do_not_wait_for_the_host(llama, arguments):
     assert waits == [1]
 
 
+def test_what_a_call_returned_outlives_later_calls(llama):
+    prompt = {name: value.cuda() for name, value in PADDED.items()}
+    arguments = {"max_new_tokens": 12, "return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+    for sampled in (False, True):
+        torch.manual_seed(0)
+        out = llama.fast.generate(**prompt, do_sample=sampled, **arguments)
+        cache = [tensor for layer in out.past_key_values.layers for tensor in (layer.keys, layer.values)]
+        held = [out.sequences, *out.scores, *out.logits, *cache]
+        copies = [tensor.clone() for tensor in held]
+        llama.fast.generate(prompt["input_ids"].flip(1), do_sample=sampled, **arguments)
+        llama.same(PADDED, seed=4)
+        assert all(torch.equal(a, b) for a, b in zip(held, copies, strict=True))
+
+
+def test_models_come_and_go():
+    """Graphs of a model that is gone are not replayed for one in its place, and nothing of it stays."""
+    torch.cuda.synchronize()
+    left = []
+    for seed in range(4):
+        pair = Pair("llama", seed=seed)
+        pair.same(ONE)
+        pair.same(PADDED, seed=1, top_k=7)
+        del pair
+        gc.collect()
+        left.append(torch.cuda.memory_allocated())
+    assert left[3] <= left[1]
+
+
 def test_restore_gives_the_memory_back():
     """All but the cuBLAS workspace of the capture stream, which the next optimised model uses."""
     model = build("llama")
