@@ -33,7 +33,7 @@ from tinyfuse.bench.variants import VARIANTS, Variant
 DEVICE = torch.device("cuda")
 GEN = 128
 PROFILED = 24  # tokens
-LINEAR = ("_one_row", "_gemm", "_gemv", "_combine_parts", "nvjet", "gemm", "cutlass", "gemv")
+LINEAR = ("_one_row", "_gemm", "_gemv", "nvjet", "gemm", "cutlass", "gemv")
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ an inner function in a branch that is not taken.
 
 import importlib
 import pkgutil
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -95,17 +96,19 @@ def test_norms_and_rotation(compiled):
     assert len(set(compiled)) >= 6
 
 
-@pytest.mark.parametrize("D, heads, kv_heads", [(128, 4, 4), (64, 8, 2)])
-def test_attention(compiled, D, heads, kv_heads):
-    L = 512
-    cache, new = ones(2, kv_heads, L, D), ones(2, kv_heads, 1, D)
-    q, table, pos = ones(2, heads, 1, D), ones(2, 1, 1, D), torch.tensor([3])
-    row, bias = torch.ones(2, 1, 1, L, dtype=torch.bool), ones(2, 1, 1, L)
+@pytest.mark.parametrize("D, heads, kv_heads, dtype", [(128, 4, 4, BF16), (64, 8, 2, torch.float32)])
+def test_attention(compiled, D, heads, kv_heads, dtype):
+    L, made = 512, partial(ones, dtype=dtype)
+    cache, new = made(2, kv_heads, L, D), made(2, kv_heads, 1, D)
+    q, table, pos = made(2, heads, 1, D), made(2, 1, 1, D), torch.tensor([3])
+    row, bias = torch.ones(2, 1, 1, L, dtype=torch.bool), made(2, 1, 1, L)
     for mask, bounds in ((row, mask_bounds.run_triton(row)), (row, None), (bias, None), (None, None)):
         rope_append_attention.run_triton(q, new, new, table, table, cache, cache.clone(), pos, False, mask, 0.1, bounds)
         _attention_decode.decode(q, cache, cache, mask, 0.1, False)
-    prompt = ones(2, heads, 40, D)
+    prompt = made(2, heads, 40, D)
     _attention_decode.decode(prompt[:, :, :3], cache, cache, row.expand(2, heads, 3, L), 0.1, False)
+    if dtype is torch.float32:
+        return  # prompts stay with SDPA
     _attention_prefill.prefill(prompt, cache, cache, row.expand(2, 1, 40, L), 0.1, False)
     _attention_prefill.prefill(prompt, prompt[:, :kv_heads], prompt[:, :kv_heads], None, 0.1, True)
     assert {"_decode", "_prefill", "_map", "_mask_bounds"} <= set(compiled)
