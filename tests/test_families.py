@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import re
@@ -20,6 +21,7 @@ from torch import Tensor
 from transformers import CompileConfig, PreTrainedModel
 
 from tests.models import FAMILIES, build, prompt
+from tinyfuse.api import optimize
 from tinyfuse.report import GraphReport, Report, collect
 
 GOLDEN = Path(__file__).parent / "golden" / "families.json"
@@ -171,6 +173,22 @@ def test_sites_found_and_fused(runs: Runs) -> None:
     assert runs.counts() == golden, "\n".join(map(str, reports))
     assert all(site.reason for report in reports for site in report.sites if site.status != "fused")
     assert not any(report.graph_breaks for report in reports)
+
+
+CHOICES = ({}, {"top_k": 20, "repetition_penalty": 1.3}, {"top_p": 0.9, "temperature": 1.2, "top_k": 0})
+
+
+def test_generate_of_the_optimised_model(runs: Runs) -> None:
+    """Greedy and sampled, the tokens that stock draws from the same seed."""
+    stock = build(runs.name)[0]
+    fast = optimize(copy.deepcopy(stock))
+    for choice in CHOICES:
+        tokens = []
+        for model in (stock, fast):
+            torch.manual_seed(1)
+            arguments = prompt(12, batch=2, padding=PADDING) | choice | {"do_sample": bool(choice)}
+            tokens.append(model.generate(**arguments, max_new_tokens=16))
+        assert torch.equal(*tokens), choice
 
 
 def write_golden() -> None:

@@ -32,6 +32,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from tinyfuse.api import optimize, restore
+from tinyfuse.runtime.cache import CachePool
 from tinyfuse.runtime.tail import Tail
 from tinyfuse.runtime.window import in_ring
 
@@ -254,6 +255,24 @@ def test_a_mask_in_the_order_of_a_ring():
                 held = max((p for p in range(first + row + 1) if p % 7 == slot), default=None)
                 want = mask[:, :, row, held] if held is not None else torch.full((2, 1), ring.min().item())
                 assert torch.equal(ring[:, :, row, slot], want)
+
+
+def test_caches_that_stand_by_go_when_memory_is_short(covered, monkeypatch):
+    covered.same(**ONE)
+    covered.same(**PADDED)
+    pool, allocate, failures = covered.fast._tinyfuse.pool, CachePool._allocate, []
+
+    def short(self, slot):
+        if self.slots:
+            failures.append(len(self.slots))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        allocate(self, slot)
+
+    monkeypatch.setattr(CachePool, "_allocate", short)
+    covered.same(input_ids=ONE["input_ids"].repeat(5, 1))
+    assert failures and list(pool.slots) == [(5, 256, False)]
+    monkeypatch.undo()
+    covered.same(**ONE)
 
 
 def test_returned_cache_is_the_callers(covered):

@@ -119,7 +119,13 @@ class CachePool:
         if key not in self.slots:
             slot = self._slot(batch, length, whole)
             self._evict()
-            self._allocate(slot)
+            try:
+                self._allocate(slot)
+            except torch.OutOfMemoryError:  # once more without what stands by
+                self.slots.clear()
+                torch.cuda.empty_cache()
+                slot = self._slot(batch, length, whole)
+                self._allocate(slot)
             self.slots[key] = slot
         self.slots.move_to_end(key)
         return self.slots[key]
