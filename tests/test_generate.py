@@ -32,6 +32,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from tinyfuse.api import optimize, restore
+from tinyfuse.runtime import prompt as padded
 from tinyfuse.runtime.cache import CachePool
 from tinyfuse.runtime.tail import Tail
 from tinyfuse.runtime.window import in_ring
@@ -212,6 +213,25 @@ def test_dictionary_output(covered):
     result = covered.fast.generate(**PADDED, do_sample=False, max_new_tokens=12, return_dict_in_generate=True, **names)
     torch.testing.assert_close(result.scores, expected.scores)
     torch.testing.assert_close(result.logits, expected.logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padded_prompts(family, monkeypatch):
+    """As on a GPU, where one graph takes prompts of similar lengths."""
+    monkeypatch.setattr(padded, "DEVICES", ("cpu",))
+    monkeypatch.setattr(padded, "LENGTHS", (4, 12, 32))
+    pair = Pair(FAMILIES[family])
+    prompts = [{"input_ids": ONE["input_ids"].repeat(1, 4)[:, :length]} for length in (3, 9, 12, 7, 1, 32, 36)]
+    for prompt in (*prompts, PADDED, {name: value[:, :7] for name, value in PADDED.items()}):
+        pair.same(**prompt, max_new_tokens=10)
+        pair.same(**prompt, seed=2)
+        result = pair.same(**prompt, return_dict_in_generate=True)
+        stock = pair.stock.generate(**prompt, max_new_tokens=12, do_sample=False, return_dict_in_generate=True)
+        for layer, ours in zip(stock.past_key_values.layers, result.past_key_values.layers, strict=True):
+            torch.testing.assert_close(ours.keys, layer.keys)
+    prompts = [prompt for slot in pair.fast._tinyfuse.pool.slots.values() for prompt in slot.prompts.values()]
+    assert 4 <= len(prompts) <= 10 and all(prompt.bound is not None for prompt in prompts)
+    assert pair.fallbacks == []
 
 
 WINDOWED = ["mistral", "gemma3", "gemma2"]

@@ -22,6 +22,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerationMixin
 
 from tinyfuse.runtime.cache import Slot
+from tinyfuse.runtime.prompt import prefill
 from tinyfuse.runtime.step import Inputs, NotAdvanceable, Step, block_rows, kind
 from tinyfuse.runtime.tail import Choice, Tail, choice
 from tinyfuse.runtime.window import in_rings
@@ -308,7 +309,7 @@ def generate_tokens(
                 slot.reset()
 
 
-def _prefill(runtime, input_ids: Tensor, config: GenerationConfig, kwargs: dict[str, Any]) -> Any:
+def _prefill(runtime, slot: Slot, input_ids: Tensor, config: GenerationConfig, kwargs: dict[str, Any]) -> Any:
     model = runtime.model
     if config.prefill_chunk_size is not None:
         config.disable_compile = True  # it is compiled already
@@ -317,6 +318,9 @@ def _prefill(runtime, input_ids: Tensor, config: GenerationConfig, kwargs: dict[
     inputs["return_dict"] = True
     if runtime.hooked():
         return model(**inputs)
+    outputs = prefill(runtime, slot, inputs)
+    if outputs is not None:
+        return outputs
     bound = runtime.recordings.bind(inputs, "prompt")
     if isinstance(bound, str):
         runtime.unrecorded(bound)
@@ -375,7 +379,7 @@ class Loop:
         model, prepared = self.runtime.model, kwargs["past_key_values"]
         kwargs["past_key_values"] = self.slot.cache
         self.slot.fill_with_prompt(True)
-        outputs = _prefill(self.runtime, self.input_ids, self.config, kwargs)
+        outputs = _prefill(self.runtime, self.slot, self.input_ids, self.config, kwargs)
         self.slot.fill_with_prompt(False)
         logits = outputs.logits[:, -1]
         outputs = type(outputs)(**{name: value for name, value in outputs.items() if name != "logits"})

@@ -249,10 +249,10 @@ class Captured:
     ``state``: what ``run`` changes and has to be found unchanged after the warm-up, as are the random numbers. The keys
     and values that the warm-up writes are those that the first replay writes again. ``stream`` is one that no other
     model captures on: cuBLAS keeps a workspace per stream (32 MiB on Hopper), which graphs that run at the same time
-    must not share.
+    must not share. ``pool``: memory that graphs share which never run at the same time.
     """
 
-    def __init__(self, run: Callable[[], Tensor], state: list[Tensor], stream: torch.cuda.Stream):
+    def __init__(self, run: Callable[[], Any], state: list[Tensor], stream: torch.cuda.Stream, pool: Any = None):
         held = [tensor.clone() for tensor in state]
         device = state[0].device
         random = torch.cuda.default_generators[device.index]
@@ -264,11 +264,11 @@ class Captured:
                 torch._foreach_copy_(state, held)
         torch.cuda.current_stream(device).wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             self.result = run()
         random.set_offset(drawn)
 
-    def __call__(self) -> Tensor:
+    def __call__(self) -> Any:
         self.graph.replay()
         return self.result
 

@@ -1,0 +1,107 @@
+"""Prompts of similar lengths through one CUDA graph, padded on the right.
+
+On a GPU a short prompt is bound by Python, which launches some ten kernels a layer. The padding repeats the last token
+after the prompt, where causal attention does not look; its keys and values lie where later tokens write theirs before
+anyone reads them; the logits are those of the prompt's last token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tinyfuse.runtime.cache import Slot
+from tinyfuse.runtime.step import Captured, constants, tensors
+
+LENGTHS = (32, 64, 96, 128, 192, 256, 384, 512)
+BUSY = 1024  # tokens that keep a GPU busy for longer than Python takes
+DEVICES = ("cuda",)
+MOST = 16  # kinds of prompts that one slot keeps
+ARGUMENTS = {
+    "input_ids", "position_ids", "attention_mask", "past_key_values", "logits_to_keep", "use_cache", "return_dict",
+}  # fmt: skip
+MASK = "attention_mask"
+
+
+def prefill(runtime, slot: Slot, inputs: dict[str, Any]) -> Any | None:
+    """The forward of a prompt into the empty ``slot``, its logits those of the last token; None if it cannot be
+    padded."""
+    dims = _sequence_dims(inputs)
+    ids = inputs.get("input_ids")
+    if dims is None or slot.rings or ids.device.type not in DEVICES:
+        return None
+    length = ids.shape[1]
+    padded = next((n for n in LENGTHS if length <= n <= slot.length), None)
+    if padded is None or len(ids) * padded > BUSY:
+        return None
+    shapes = {name: _padded(value, dims[name], padded) for name, value in tensors(inputs)}
+    rest = [item for item in constants(inputs).items() if item[0] != "past_key_values"]
+    key = tuple(shapes.items()), tuple(value.dtype for _, value in tensors(inputs)), repr(rest)
+    prompt = slot.prompts.get(key)
+    if prompt is None or prompt.version != runtime.recordings.version:
+        while len(slot.prompts) >= MOST:
+            slot.prompts.popitem(last=False)
+        prompt = slot.prompts[key] = Prompt(runtime, slot, inputs, shapes, dims)
+    slot.prompts.move_to_end(key)
+    return prompt(inputs, length) if prompt.bound is not None else None
+
+
+def _sequence_dims(inputs: dict[str, Any]) -> dict[str, int] | None:
+    """The dimension of the prompt in each tensor of a forward's arguments; None if some argument has no known one."""
+    ids, keep = inputs.get("input_ids"), inputs.get("logits_to_keep")
+    if inputs.keys() - ARGUMENTS or not isinstance(ids, Tensor) or type(keep) is not int or keep != 1:
+        return None
+    found = {}
+    for name, value in tensors(inputs):
+        dim = 2 if name.partition(".")[0] == MASK else value.dim() - 1
+        if (dim == 2 and value.dim() != 4) or value.shape[dim] != ids.shape[1]:
+            return None
+        found[name] = dim
+    return found
+
+
+def _padded(value: Tensor, dim: int, length: int) -> tuple[int, ...]:
+    return (*value.shape[:dim], length, *value.shape[dim + 1 :])
+
+
+class Prompt:
+    """The recorded forward on buffers of one padded length: Python runs it the first time, then a CUDA graph."""
+
+    def __init__(
+        self, runtime, slot: Slot, inputs: dict[str, Any], shapes: dict[str, tuple[int, ...]], dims: dict[str, int]
+    ):
+        self.slot, self.dims, self.streams = slot, dims, runtime.streams
+        self.version = runtime.recordings.version
+        self.buffers = {name: value.new_zeros(shapes[name]) for name, value in tensors(inputs)}
+        self.last = torch.zeros(1, dtype=torch.long, device=inputs["input_ids"].device)
+        arguments = {
+            name: {kind: self.buffers.get(f"{name}.{kind}", item) for kind, item in value.items()}
+            if isinstance(value, dict)
+            else self.buffers.get(name, value)
+            for name, value in inputs.items()
+        }
+        bound = runtime.recordings.bind(arguments | {"logits_to_keep": self.last}, "padded prompt")
+        self.bound = None if isinstance(bound, str) else bound
+        self.run: Callable[[], Any] | None = None
+
+    def __call__(self, inputs: dict[str, Any], length: int) -> Any:
+        for name, value in tensors(inputs):
+            dim, buffer = self.dims[name], self.buffers[name]
+            buffer.narrow(dim, 0, length).copy_(value)
+            buffer.narrow(dim, length, buffer.shape[dim] - length).copy_(value.narrow(dim, length - 1, 1))
+        self.last.fill_(length - 1)
+        counters = self.slot.counters()
+        if self.run is None:
+            self.run = self._run
+        elif self.run == self._run and self.last.device.type == "cuda":
+            self.run = Captured(self._run, counters, self.streams.on(self.last.device), self.slot.memory())
+        outputs = self.run()
+        torch._foreach_zero_(counters)
+        torch._foreach_add_(counters, length)
+        return self.bound.result(outputs)
+
+    def _run(self) -> Any:
+        return self.bound.graph.run(*self.bound.graph.args)
