@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tinyfuse.kernels import _greedy
-from tinyfuse.runtime.step import Greedy
+from tinyfuse.runtime.tail import Choice, Tail
 
 INF, NAN = float("inf"), float("nan")
 V, CHUNK = 75, 16
@@ -12,18 +12,19 @@ V, CHUNK = 75, 16
 
 def make_state(batch, eos, banned):
     """Row 1 is finished from the start."""
-    state = Greedy(torch.zeros(batch, 1, dtype=torch.long), 9, len(eos), len(banned))
+    choice = Choice("greedy", torch.tensor(banned).long(), None, False)
+    state = Tail(choice, torch.zeros(batch, 1, dtype=torch.long), 9, len(eos))
     unfinished = (torch.arange(batch) != 1).long()
-    state.begin(torch.arange(batch), torch.tensor(eos).long(), torch.tensor(banned).long(), torch.tensor(7), unfinished)
+    state.begin(choice, torch.arange(batch)[:, None], torch.tensor(eos).long(), torch.tensor(7), unfinished)
     return state
 
 
 def check(steps, eos=(), banned=(), chunk=CHUNK):
-    """The kernels leave what ``Greedy.pick`` leaves on the CPU, after each of ``steps``, logits [batch, V]."""
+    """The kernels leave what ``Tail.pick`` leaves on the CPU, after each of ``steps``, logits [batch, V]."""
     kernels, expected = (make_state(len(steps[0]), eos, banned) for _ in range(2))
     for logits in steps:
         held = logits.clone()
-        end = kernels.pad, kernels.unfinished, kernels.written, kernels.token, kernels.tokens
+        end = kernels.pad, kernels.unfinished, kernels.written, kernels.token, kernels.ids
         _greedy.greedy(logits, kernels.banned, kernels.eos, *end, chunk=chunk)
         expected.pick(logits)
         for got, wanted in zip([kernels.token, *kernels.state], [expected.token, *expected.state], strict=True):
@@ -84,7 +85,7 @@ def test_ends_and_bans(eos, banned):
     state = check(list(steps), eos, banned)
     assert state.written == 5
     if eos:
-        assert state.tokens[1, 1:5].tolist() == [7] * 4 and state.unfinished.tolist()[4] == 1
+        assert state.ids[1, 1:5].tolist() == [7] * 4 and state.unfinished.tolist()[4] == 1
 
 
 @pytest.mark.parametrize("rows", [lambda x: x[:, -1], lambda x: x[:, 0, :V], lambda x: x.transpose(0, 2)[:V, 1].T])
