@@ -300,7 +300,7 @@ def generate_tokens(
     with torch.inference_mode(False), torch.no_grad():
         runtime.recordings.refresh()
         whole = generation_config.return_dict_in_generate or generation_config.prefill_chunk_size is not None
-        whole = whole or getattr(kwargs.get("attention_mask"), "ndim", 0) != 2  # a caller's own mask is taken as it is
+        whole = whole or getattr(kwargs.get("attention_mask"), "ndim", 2) != 2  # a mask of 4 dimensions stays as it is
         slot = runtime.pool.acquire(len(input_ids), prompt + limit, bool(whole))
         loop = Loop(runtime, slot, input_ids, logits_processor, stopping_criteria, generation_config, streamer, limit)
         with runtime.in_order(input_ids.device):
