@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tinyfuse.kernels._triton import jit, pdl, tl, triton
+from tinyfuse.kernels.rope import table_strides
 
 MASK_NONE, MASK_BOOL, MASK_FLOAT = 0, 1, 2
 MAX_ROWS = 16
@@ -345,8 +346,8 @@ class New(NamedTuple):
 def _strides_of_new(new: New | None) -> tuple[int, ...]:
     if new is None:
         return (0,) * 8
-    tables = [(0 if t.shape[0] == 1 else t.stride(0), t.stride(3)) for t in (new.cos, new.sin)]
-    return (*new.k.stride()[:2], *new.v.stride()[:2], *tables[0], *tables[1])
+    tables = [step for t in (new.cos, new.sin) for step in table_strides(t.shape, t.stride())[::2]]
+    return (*new.k.stride()[:2], *new.v.stride()[:2], *tables)
 
 
 def decode(

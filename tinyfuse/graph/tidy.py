@@ -19,7 +19,7 @@ _VIEWS = {torch.transpose, torch.unsqueeze, torch.permute, torch.Tensor.expand}
 
 def share_common(graph: Graph) -> None:
     """Let equal views, and equal ``arange`` results that nothing writes, be one node."""
-    written = {storage(w) for node in graph.nodes for w in writes(node)}
+    written = _written(graph)
     seen: dict[Any, Node] = {}
     for node in list(graph.nodes):
         if node.op != "call_function":
@@ -33,6 +33,10 @@ def share_common(graph: Graph) -> None:
             graph.erase_node(node)
 
 
+def _written(graph: Graph) -> set[Any]:
+    return {storage(w) for node in graph.nodes for w in writes(node)}
+
+
 def drop_dead(graph: Graph) -> None:
     """Erase views, ``arange`` calls and tuple items without users, which rewriting leaves behind."""
     for node in reversed(graph.nodes):
@@ -43,12 +47,12 @@ def drop_dead(graph: Graph) -> None:
 def bound_masks(graph: Graph, device: str = "cuda") -> None:
     """Find out once where a decode step's bool mask begins and ends, not in every layer's attention; CPU kernels have
     no use for it."""
-    attention, bounds = torch.ops.tinyfuse.rope_append_attention.default, {}
+    attention, bounds, written = torch.ops.tinyfuse.rope_append_attention.default, {}, _written(graph)
     for node in list(graph.nodes):
         mask = node.args[9] if node.target is attention else None
         if mask is None or not _one_row_each(value(mask), value(node.args[0]), device):
             continue
-        if any(w is mask for n in graph.nodes for w in writes(n)):
+        if storage(mask) in written:
             continue
         if mask not in bounds:
             with graph.inserting_before(node):

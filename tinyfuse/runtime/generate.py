@@ -386,12 +386,15 @@ class Loop:
         outputs = type(outputs)(**{name: value for name, value in outputs.items() if name != "logits"})
         kwargs = model._update_model_kwargs_for_generation(outputs, kwargs)
         decoder = Decoder(self.runtime, self.slot, outputs, kwargs, self.ids, prompt)
+        asked = False
         with model._optimize_model_for_decode():
             while not self._choose(logits):
                 decoder.arrive(self.tokens[-1])
-                if decoder.verified and (chosen := self._on_device()):
-                    self._rest(decoder, chosen)
-                    break
+                if decoder.verified and not asked:
+                    asked = True
+                    if chosen := self._on_device():
+                        self._rest(decoder, chosen)
+                        break
                 logits = decoder.logits()
         return self._finish(prepared, prompt)
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from tinyfuse.runtime.cache import Slot
-from tinyfuse.runtime.step import Captured, constants, tensors
+from tinyfuse.runtime.step import Captured, fixed, on_buffers, tensors
+from tinyfuse.runtime.window import MASK
 
 LENGTHS = (32, 64, 96, 128, 192, 256, 384, 512)
 BUSY = 1024  # tokens that keep a GPU busy for longer than Python takes
@@ -23,7 +24,6 @@ MOST = 16  # kinds of prompts that one slot keeps
 ARGUMENTS = {
     "input_ids", "position_ids", "attention_mask", "past_key_values", "logits_to_keep", "use_cache", "return_dict",
 }  # fmt: skip
-MASK = "attention_mask"
 
 
 def prefill(runtime, slot: Slot, inputs: dict[str, Any]) -> Any | None:
@@ -38,8 +38,7 @@ def prefill(runtime, slot: Slot, inputs: dict[str, Any]) -> Any | None:
     if padded is None or len(ids) * padded > BUSY:
         return None
     shapes = {name: _padded(value, dims[name], padded) for name, value in tensors(inputs)}
-    rest = [item for item in constants(inputs).items() if item[0] != "past_key_values"]
-    key = tuple(shapes.items()), tuple(value.dtype for _, value in tensors(inputs)), repr(rest)
+    key = tuple((name, shapes[name], value.dtype) for name, value in tensors(inputs)), fixed(inputs)
     prompt = slot.prompts.get(key)
     if prompt is None or prompt.version != runtime.recordings.version:
         while len(slot.prompts) >= MOST:
@@ -77,13 +76,8 @@ class Prompt:
         self.version = runtime.recordings.version
         self.buffers = {name: value.new_zeros(shapes[name]) for name, value in tensors(inputs)}
         self.last = torch.zeros(1, dtype=torch.long, device=inputs["input_ids"].device)
-        arguments = {
-            name: {kind: self.buffers.get(f"{name}.{kind}", item) for kind, item in value.items()}
-            if isinstance(value, dict)
-            else self.buffers.get(name, value)
-            for name, value in inputs.items()
-        }
-        bound = runtime.recordings.bind(arguments | {"logits_to_keep": self.last}, "padded prompt")
+        arguments = on_buffers(inputs, self.buffers) | {"logits_to_keep": self.last}
+        bound = runtime.recordings.bind(arguments, "padded prompt")
         self.bound = None if isinstance(bound, str) else bound
         self.run: Callable[[], Any] | None = None
 

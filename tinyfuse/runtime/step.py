@@ -45,6 +45,16 @@ def tensors(inputs: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
             yield from ((f"{name}.{key}", item) for key, item in value.items() if isinstance(item, Tensor))
 
 
+def on_buffers(inputs: dict[str, Any], buffers: dict[str, Tensor]) -> dict[str, Any]:
+    """A forward's keyword arguments with the tensors that :func:`tensors` names replaced."""
+    return {
+        name: {key: buffers.get(f"{name}.{key}", item) for key, item in value.items()}
+        if isinstance(value, dict)
+        else buffers.get(name, value)
+        for name, value in inputs.items()
+    }
+
+
 def constants(inputs: dict[str, Any]) -> dict[str, Any]:
     """What is no tensor, to be compared from one token to the next."""
     return {
@@ -77,12 +87,7 @@ class Inputs:
         self.token = self.buffers["input_ids"]
         self.row = torch.zeros(1, dtype=torch.long, device=self.token.device)
         self.done = torch.zeros_like(self.row)
-        self.arguments = {
-            name: {key: self.buffers.get(f"{name}.{key}", item) for key, item in value.items()}
-            if isinstance(value, dict)
-            else self.buffers.get(name, value)
-            for name, value in first.items()
-        }
+        self.arguments = on_buffers(first, self.buffers)
 
     @staticmethod
     def _row_dim(name: str, first: Tensor, block: Tensor | None) -> int | None:
@@ -123,8 +128,12 @@ class Inputs:
 
 def kind(first: dict[str, Any]) -> tuple[Any, ...]:
     """What calls that may share buffers have in common."""
-    shapes = tuple((name, tuple(value.shape), value.dtype) for name, value in tensors(first))
-    return shapes, tuple((name, repr(value)) for name, value in constants(first).items() if name != "past_key_values")
+    return tuple((name, tuple(value.shape), value.dtype) for name, value in tensors(first)), fixed(first)
+
+
+def fixed(inputs: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+    """What is neither a tensor nor the cache, to be told apart by."""
+    return tuple((name, repr(value)) for name, value in constants(inputs).items() if name != "past_key_values")
 
 
 class Step:
