@@ -187,7 +187,7 @@ def check_attention_step(B, H, kv_heads, L, at, D, Dv, R, kind, interleaved, mas
     """Rotation, cache write and attention in one launch; what the mask leaves out of the cache holds NaN."""
     q, k = heads(B, H, 1, D, dtype, device, 16), heads(B, kv_heads, 1, D, dtype, device)
     v = torch.randn(B, kv_heads, 1, Dv, device=device).to(dtype)
-    cos, sin = tables(kind, B, 1, R, dtype, device)
+    cos, sin = (table / 2**0.5 for table in tables(kind, B, 1, R, dtype, device))  # turned rows keep their length
     pos = torch.tensor([at], device=device)
     whole_keys, whole_values, keys, values = caches(B, kv_heads, L, D, Dv, dtype, device)
     rest = pos, interleaved, mask, D**-0.5

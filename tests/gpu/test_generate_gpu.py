@@ -55,8 +55,9 @@ def build(family, seed=0):
 
 
 class Pair:
-    def __init__(self, family, seed=0):
+    def __init__(self, family, seed=0, change=lambda model: None):
         self.stock = build(family, seed)
+        change(self.stock)
         self.fast = optimize(copy.deepcopy(self.stock))
 
     def same(self, prompt, seed=None, **arguments):
@@ -101,6 +102,7 @@ CHOICES = [
     {"min_p": 0.05, "top_k": 0},
     {"typical_p": 0.8, "epsilon_cutoff": 0.001},
     {"repetition_penalty": 1.4},
+    {"renormalize_logits": True, "remove_invalid_values": True, "top_k": 9},
     {"repetition_penalty": 1.2, "no_repeat_ngram_size": 2},
 ]
 
@@ -274,8 +276,56 @@ def test_models_come_and_go():
     assert left[3] <= left[1]
 
 
+def test_graphs_own_the_memory_that_cublas_works_in(llama):
+    for prompt in (ONE, PADDED):
+        for _ in range(2):
+            llama.same(prompt)
+    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()
+    others = [torch.full((1 << 20,), 7, device="cuda") for _ in range(64)]
+    for prompt in (ONE, PADDED):
+        llama.same(prompt)
+    assert all((other == 7).all() for other in others), "a graph wrote where cuBLAS once had a workspace"
+
+
+@torch.library.custom_op("tinyfuse_test::waits", mutates_args=())
+def waits(x: torch.Tensor) -> torch.Tensor:
+    return x * x.sum().isfinite().item()
+
+
+waits.register_fake(torch.empty_like)
+
+
+class Waits(torch.nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(waits(x))
+
+
+def test_what_no_graph_can_hold_runs_without_one():
+    """The host is asked in the middle of a step: no graph, a reason, and torch as it was."""
+
+    def change(model):
+        model.model.norm = Waits(model.model.norm)
+
+    pair = Pair("llama", change=change)
+    for _ in range(2):
+        tokens = pair.same(ONE)
+        pair.same(PADDED, seed=3)
+    assert any("CUDA graph" in reason for reason in pair.fast._tinyfuse.fallbacks)
+    assert not any(isinstance(runner, Captured) for runner in pair.runners())
+    fresh = Pair("llama")
+    for _ in range(2):
+        assert torch.equal(fresh.same(ONE), tokens)
+        fresh.same(PADDED, seed=3)
+    assert all(isinstance(runner, Captured) for runner in fresh.runners())
+    assert not fresh.fast._tinyfuse.fallbacks
+
+
 def test_restore_gives_the_memory_back():
-    """All but the cuBLAS workspace of the capture stream, which the next optimised model uses."""
     model = build("llama")
     prompt = ONE["input_ids"].cuda()
     left = []

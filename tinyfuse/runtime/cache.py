@@ -33,8 +33,8 @@ def cache_length(tokens: int) -> int:
 
 @dataclass
 class Slot:
-    """One static cache and what is bound to its memory: decode steps, and padded prompts, whose graphs share the memory
-    ``pool``. ``rings``: the masks of windowed layers."""
+    """One static cache and what is bound to its memory: decode steps and padded prompts. ``rings``: the masks of
+    windowed layers."""
 
     cache: StaticCache
     batch: int
@@ -42,7 +42,6 @@ class Slot:
     rings: dict[str, int]
     steps: dict[Any, Any] = field(default_factory=dict)
     prompts: OrderedDict[Any, Any] = field(default_factory=OrderedDict)
-    pool: Any = None
 
     def layers(self) -> list[StaticLayer]:
         return [layer for layer in self.cache.layers if isinstance(layer, StaticLayer)]
@@ -50,11 +49,6 @@ class Slot:
     def counters(self) -> list[Tensor]:
         """How many tokens each layer holds, on the device."""
         return [layer.cumulative_length for layer in self.layers()]
-
-    def memory(self) -> Any:
-        """What the graphs of prompts share: the result of one is read before another one runs."""
-        self.pool = self.pool or torch.cuda.graph_pool_handle()
-        return self.pool
 
     def fill_with_prompt(self, filling: bool) -> None:
         """Whether what comes next is the prompt, into the empty cache."""

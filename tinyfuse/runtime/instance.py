@@ -88,6 +88,10 @@ class Runtime:
         """Note why Dynamo traces a call of the decode loop: only its first call is slower for it."""
         fallback.note("generate", f"traced by Dynamo: {reason}")
 
+    def uncaptured(self, reason: str) -> None:
+        """Note why prompts of some length are launched from Python each time."""
+        fallback.note("generate", f"a prompt is no CUDA graph: {reason}")
+
     def hooked(self) -> str | None:
         """A replayed step does not pass through ``model.__call__``."""
         model, every = self.model, nn.modules.module

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tinyfuse.runtime.cache import Slot
-from tinyfuse.runtime.step import Captured, fixed, on_buffers, tensors
+from tinyfuse.runtime.step import Captured, NotCapturable, fixed, on_buffers, tensors
 from tinyfuse.runtime.window import MASK
 
 LENGTHS = (32, 64, 96, 128, 192, 256, 384, 512)
@@ -45,7 +45,7 @@ def prefill(runtime, slot: Slot, inputs: dict[str, Any]) -> Any | None:
             slot.prompts.popitem(last=False)
         prompt = slot.prompts[key] = Prompt(runtime, slot, inputs, shapes, dims)
     slot.prompts.move_to_end(key)
-    return prompt(inputs, length) if prompt.bound is not None else None
+    return prompt(inputs, length) if prompt.usable else None
 
 
 def _sequence_dims(inputs: dict[str, Any]) -> dict[str, int] | None:
@@ -72,13 +72,13 @@ class Prompt:
     def __init__(
         self, runtime, slot: Slot, inputs: dict[str, Any], shapes: dict[str, tuple[int, ...]], dims: dict[str, int]
     ):
-        self.slot, self.dims, self.streams = slot, dims, runtime.streams
+        self.runtime, self.slot, self.dims = runtime, slot, dims
         self.version = runtime.recordings.version
         self.buffers = {name: value.new_zeros(shapes[name]) for name, value in tensors(inputs)}
         self.last = torch.zeros(1, dtype=torch.long, device=inputs["input_ids"].device)
         arguments = on_buffers(inputs, self.buffers) | {"logits_to_keep": self.last}
         bound = runtime.recordings.bind(arguments, "padded prompt")
-        self.bound = None if isinstance(bound, str) else bound
+        self.bound, self.usable = bound, not isinstance(bound, str)
         self.run: Callable[[], Any] | None = None
 
     def __call__(self, inputs: dict[str, Any], length: int) -> Any:
@@ -91,11 +91,21 @@ class Prompt:
         if self.run is None:
             self.run = self._run
         elif self.run == self._run and self.last.device.type == "cuda":
-            self.run = Captured(self._run, counters, self.streams.on(self.last.device), self.slot.memory())
+            self.run = self._captured(counters)
         outputs = self.run()
         torch._foreach_zero_(counters)
         torch._foreach_add_(counters, length)
         return self.bound.result(outputs)
+
+    def _captured(self, counters: list[Tensor]) -> Callable[[], Any]:
+        captured = [prompt.run for prompt in self.slot.prompts.values() if isinstance(prompt.run, Captured)]
+        stream = self.runtime.streams.on(self.last.device)
+        try:  # the result of one prompt is read before another one runs
+            return Captured(self._run, counters, stream, next(iter(captured), None))
+        except NotCapturable as error:
+            self.runtime.uncaptured(str(error))
+            self.usable = False
+            return self._run
 
     def _run(self) -> Any:
         return self.bound.graph.run(*self.bound.graph.args)

@@ -9,8 +9,10 @@ graph to replay, elsewhere one call of the compiled graph.
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -228,7 +230,10 @@ class Step:
             if self.inputs.token.device.type == "cuda" and self.call is not None:
                 state = [*self.slot.counters(), *self.inputs.buffers.values(), self.inputs.row]
                 state += tail.state if tail is not None else []
-                self.runners[tail] = Captured(run, state, self.runtime.streams.on(state[0].device))
+                try:
+                    self.runners[tail] = Captured(run, state, self.runtime.streams.on(state[0].device))
+                except NotCapturable as error:
+                    self.runtime.fall_back(f"a token is no CUDA graph, since one cannot hold its operations: {error}")
         return self.runners[tail]
 
 
@@ -239,6 +244,7 @@ class CaptureStreams:
 
     def __init__(self) -> None:
         self.held: dict[torch.device, torch.cuda.Stream] = {}
+        weakref.finalize(self, CaptureStreams._give_back, self.held)
 
     def on(self, device: torch.device) -> torch.cuda.Stream:
         if device not in self.held:
@@ -247,9 +253,17 @@ class CaptureStreams:
         return self.held[device]
 
     def release(self) -> None:
-        for device, stream in self.held.items():
-            self.free.setdefault(device, []).append(stream)
-        self.held.clear()
+        self._give_back(self.held)
+
+    @classmethod
+    def _give_back(cls, held: dict[torch.device, torch.cuda.Stream]) -> None:
+        for device, stream in held.items():
+            cls.free.setdefault(device, []).append(stream)
+        held.clear()
+
+
+class NotCapturable(Exception):
+    """An operation cannot be part of a CUDA graph; the message is its error."""
 
 
 class Captured:
@@ -257,11 +271,13 @@ class Captured:
 
     ``state``: what ``run`` changes and has to be found unchanged after the warm-up, as are the random numbers. The keys
     and values that the warm-up writes are those that the first replay writes again. ``stream`` is one that no other
-    model captures on: cuBLAS keeps a workspace per stream (32 MiB on Hopper), which graphs that run at the same time
-    must not share. ``pool``: memory that graphs share which never run at the same time.
+    model captures on: attention counts its programs per stream. ``like``: a graph whose memory this one shares, for the
+    two never run at the same time. Raises NotCapturable, with ``state`` as it was.
     """
 
-    def __init__(self, run: Callable[[], Any], state: list[Tensor], stream: torch.cuda.Stream, pool: Any = None):
+    def __init__(
+        self, run: Callable[[], Any], state: list[Tensor], stream: torch.cuda.Stream, like: Captured | None = None
+    ):
         held = [tensor.clone() for tensor in state]
         device = state[0].device
         random = torch.cuda.default_generators[device.index]
@@ -273,13 +289,53 @@ class Captured:
                 torch._foreach_copy_(state, held)
         torch.cuda.current_stream(device).wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            self.result = run()
+        self.pool = like.pool if like is not None else torch.cuda.graph_pool_handle()
+        torch.cuda.synchronize(device)
+        with torch.cuda.stream(stream), _own_workspaces():
+            torch.cuda.empty_cache()
+            self._capture(run, device)
         random.set_offset(drawn)
+
+    def _capture(self, run: Callable[[], Any], device: torch.device) -> None:
+        self.graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+        failure = None
+        try:
+            self.result = run()
+        except Exception as error:
+            failure = error
+        try:
+            self.graph.capture_end()
+        except Exception as error:
+            failure = failure or error
+            _finish_capture(self.pool, device)
+        if failure is not None:
+            raise NotCapturable(f"{type(failure).__name__}: {str(failure).partition(chr(10))[0]}") from failure
 
     def __call__(self) -> Any:
         self.graph.replay()
         return self.result
+
+
+@contextmanager
+def _own_workspaces() -> Iterator[None]:
+    """cuBLAS takes its workspaces from the memory of the graph captured meanwhile. It keeps one per stream, which
+    anyone may free: Inductor does so before it records a graph of its own."""
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        yield
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()
+
+
+def _finish_capture(pool: Any, device: torch.device) -> None:
+    """What torch leaves undone when a capture ends in an error: the allocator still serves ``pool``, and the random
+    numbers count as captured until a capture ends well."""
+    torch._C._cuda_endAllocateToPool(device.index, pool)
+    torch._C._cuda_releasePool(device.index, pool)
+    graph = torch.cuda.CUDAGraph()
+    graph.capture_begin(capture_error_mode="thread_local")
+    torch.zeros(1, device=device)
+    graph.capture_end()
 
 
 def python_state(model: nn.Module, slot: Slot) -> list[Any]:

@@ -73,7 +73,8 @@ class Least:
         self.eos, self.least = eos, torch.tensor([least], device=eos.device)
 
     def __call__(self, written: Tensor, scores: Tensor) -> Tensor:
-        end = torch.isin(torch.arange(scores.shape[1], device=scores.device), self.eos)
+        ids = torch.arange(scores.shape[1], device=scores.device)
+        end = (ids[:, None] == self.eos).any(1)  # torch.isin waits for the host
         return scores.masked_fill(end & (written < self.least), -torch.inf)
 
 
