@@ -1,0 +1,152 @@
+"""A tiny random model of every type in ``MODEL_FOR_CAUSAL_LM_MAPPING``, from its configuration alone.
+
+Sizes are set by name, wherever a configuration has that name, so that a type of a later transformers needs nothing here
+unless its sizes depend on each other in a way of its own: then a line in ``FIXES``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from tests.models import TOKENS, VOCABULARY, WINDOW, _randomise
+
+LAYERS, HEADS, HEAD_DIM, HIDDEN, EXPERTS = 2, 4, 16, 64, 4
+POSITIONS = 256
+
+SIZES: dict[str, Any] = {
+    **dict.fromkeys(
+        ("hidden_size", "n_embd", "d_model", "dim", "emb_dim", "embedding_size", "word_embed_proj_dim", "n_embed"), HIDDEN
+    ),
+    **dict.fromkeys(
+        ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "encoder_ffn_dim", "decoder_ffn_dim", "d_ff"), 104
+    ),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers"), LAYERS),
+    **dict.fromkeys(
+        ("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads", "decoder_attention_heads"),
+        HEADS,
+    ),
+    **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "n_head_kv"), 2),
+    **dict.fromkeys(("head_dim", "kv_channels", "d_kv", "attention_head_dim"), HEAD_DIM),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions"), POSITIONS),
+    **dict.fromkeys(
+        ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts"), EXPERTS
+    ),
+    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts"), 2),
+    **dict.fromkeys(("moe_intermediate_size", "expert_intermediate_size", "moe_ffn_hidden_size"), 56),
+    **dict.fromkeys(("shared_expert_intermediate_size", "shared_intermediate_size"), 40),
+    **dict.fromkeys(("n_group", "topk_group"), 1),
+    **dict.fromkeys(("sliding_window", "attention_window_size", "attn_window_size"), WINDOW),
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 12,
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCABULARY),
+    **dict.fromkeys(("pronunciation_vocab_size", "shape_vocab_size", "encoder_hash_byte_group_vocab"), 97),
+    "rotary_dim": 8,
+}  # fmt: skip
+
+# What a type needs beside SIZES.
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+HYBRID = {
+    "num_hidden_layers": 4, "layer_types": ["linear_attention", "hybrid"] * 2, "num_key_value_heads": HEADS,
+}  # fmt: skip
+OMIT: Any = object()  # a size that the type refuses to be given
+FIXES: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": EXPERTS, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 56},
+    "dots3_note_text": {
+        "num_attention_heads": HEADS, "num_key_value_heads": HEADS, "per_layer_config": {"1": {"num_attention_heads": 2, "num_key_value_heads": 2}}, "kv_lora_rank": 16, "head_dim": 24,
+        "qk_nope_head_dim": 16, "index_head_dim": HEAD_DIM, "index_n_heads": 2, "index_topk": 8,
+        "shared_experts_intermediate_size": 40,
+    },
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": WINDOW},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "hunyuan_v1_dense": {"head_dim": HEAD_DIM},
+    "hunyuan_v1_moe": {"head_dim": HEAD_DIM},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "mamba2": {"num_heads": 8},
+    "ministral": {"head_dim": HEAD_DIM},
+    "nemotron": {"num_key_value_heads": 2},
+    "prophetnet": {"num_hidden_layers": OMIT, "num_encoder_layers": LAYERS, "num_decoder_layers": LAYERS},
+    "qwen4_exp_text": {
+        "indexer_budget": 8, "indexer_compress_ratio": 2, "indexer_n_heads": 2, "indexer_kv_heads": 1,
+        "indexer_head_dim": HEAD_DIM,
+    },
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
+    "reformer": {"is_decoder": True, "axial_pos_embds_dim": [24, 40], "axial_pos_shape": [16, 16]},
+    "xlnet": {"max_position_embeddings": OMIT},
+    "xmod": {"default_language": "en_XX"},
+    "xlstm": {"qk_dim_factor": 1.0},
+    "zamba": {**HYBRID, "attention_hidden_size": 2 * HIDDEN, "attention_head_dim": 32, "mamba_dt_rank": 4},
+    "zamba2": {**HYBRID, "hybrid_layer_ids": [1, 3], "attention_hidden_size": 2 * HIDDEN, "attention_head_dim": 32, "mamba_headdim": 16},
+    "zaya": {"num_experts_per_tok": 1},
+}  # fmt: skip
+
+TYPES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def config(model_type: str) -> Any:
+    """The configuration of a tiny model. Raises what transformers raises for one that it cannot make."""
+    return _shrunk(CONFIG_MAPPING[model_type], FIXES.get(model_type, {}))
+
+
+def _shrunk(cls: type, fixes: dict[str, Any]) -> Any:
+    default = cls()
+    sizes = {name: size for name, size in SIZES.items() if _settable(cls, name) and _value(default, name) is not None}
+    if "qk_rope_head_dim" in sizes:
+        sizes |= {"head_dim": sizes["qk_rope_head_dim"], "num_key_value_heads": HEADS}
+    if _settable(cls, cls.attribute_map.get("layer_types", "layer_types")) and isinstance(
+        kinds := _value(default, "layer_types"), list
+    ):
+        kinds = list(dict.fromkeys(kinds))
+        sizes["layer_types"] = kinds * (LAYERS // len(kinds) or 1)
+        sizes["num_hidden_layers"] = len(sizes["layer_types"])
+    parts = {name: _value(default, name) for name in cls.sub_configs}
+    sizes |= {
+        name: _shrunk(type(part), FIXES.get(part.model_type, {}))
+        for name, part in parts.items()
+        if isinstance(part, PreTrainedConfig)
+    }
+    return cls(**{name: value for name, value in {**TOKENS, **sizes, **fixes}.items() if value is not OMIT})
+
+
+def _settable(cls: type, name: str) -> bool:
+    attribute = getattr(cls, name, None)
+    return not isinstance(attribute, property) or attribute.fset is not None
+
+
+def _value(config: Any, name: str) -> Any:
+    try:
+        return getattr(config, name, None)
+    except Exception:  # a size that differs from layer to layer
+        return None
+
+
+def build(model_type: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """In evaluation mode; the same type gives the same weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(TYPES.index(model_type))
+        model = AutoModelForCausalLM.from_config(config(model_type), dtype=torch.float32)
+        _randomise(model)
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model.to(dtype).eval()
+
+
+__all__ = ["MODEL_FOR_CAUSAL_LM_MAPPING", "TYPES", "build", "config"]
