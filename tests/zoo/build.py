@@ -23,36 +23,32 @@ from tests.models import TOKENS, VOCABULARY, WINDOW, _randomise
 LAYERS, HEADS, HEAD_DIM, HIDDEN, EXPERTS = 2, 4, 16, 64, 4
 POSITIONS = 256
 
+
+def _named(size: int, names: str) -> dict[str, int]:
+    return dict.fromkeys(names.split(), size)
+
+
 SIZES: dict[str, Any] = {
-    **dict.fromkeys(
-        ("hidden_size", "n_embd", "d_model", "dim", "emb_dim", "embedding_size", "word_embed_proj_dim", "n_embed"), HIDDEN
-    ),
-    **dict.fromkeys(
-        ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "encoder_ffn_dim", "decoder_ffn_dim", "d_ff"), 104
-    ),
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers"), LAYERS),
-    **dict.fromkeys(
-        ("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads", "decoder_attention_heads"),
-        HEADS,
-    ),
-    **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "n_head_kv"), 2),
-    **dict.fromkeys(("head_dim", "kv_channels", "d_kv", "attention_head_dim"), HEAD_DIM),
-    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions"), POSITIONS),
-    **dict.fromkeys(
-        ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts"), EXPERTS
-    ),
-    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts"), 2),
-    **dict.fromkeys(("moe_intermediate_size", "expert_intermediate_size", "moe_ffn_hidden_size"), 56),
-    **dict.fromkeys(("shared_expert_intermediate_size", "shared_intermediate_size"), 40),
-    **dict.fromkeys(("n_group", "topk_group"), 1),
-    **dict.fromkeys(("sliding_window", "attention_window_size", "attn_window_size"), WINDOW),
+    **_named(HIDDEN, "hidden_size n_embd d_model dim emb_dim embedding_size word_embed_proj_dim n_embed"),
+    **_named(104, "intermediate_size ffn_dim n_inner ffn_hidden_size encoder_ffn_dim decoder_ffn_dim d_ff"),
+    **_named(LAYERS, "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers"),
+    **_named(HEADS, "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads"),
+    **_named(2, "num_key_value_heads num_kv_heads n_head_kv"),
+    **_named(HEAD_DIM, "head_dim kv_channels d_kv attention_head_dim"),
+    **_named(POSITIONS, "max_position_embeddings n_positions max_seq_len max_target_positions"),
+    **_named(EXPERTS, "num_experts num_local_experts n_routed_experts moe_num_experts num_routed_experts"),
+    **_named(2, "num_experts_per_tok num_experts_per_token moe_topk moe_k top_k_experts"),
+    **_named(56, "moe_intermediate_size expert_intermediate_size moe_ffn_hidden_size"),
+    **_named(40, "shared_expert_intermediate_size shared_intermediate_size shared_experts_intermediate_size"),
+    **_named(1, "n_group topk_group"),
+    **_named(WINDOW, "sliding_window attention_window_size attn_window_size"),
+    **_named(VOCABULARY, "vocab_size vocab_size_per_layer_input"),
+    **_named(97, "pronunciation_vocab_size shape_vocab_size encoder_hash_byte_group_vocab"),
     "q_lora_rank": 24,
     "kv_lora_rank": 16,
     "qk_rope_head_dim": 8,
     "qk_nope_head_dim": 16,
     "v_head_dim": 12,
-    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCABULARY),
-    **dict.fromkeys(("pronunciation_vocab_size", "shape_vocab_size", "encoder_hash_byte_group_vocab"), 97),
     "rotary_dim": 8,
 }  # fmt: skip
 
@@ -60,6 +56,7 @@ SIZES: dict[str, Any] = {
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 HYBRID = {
     "num_hidden_layers": 4, "layer_types": ["linear_attention", "hybrid"] * 2, "num_key_value_heads": HEADS,
+    "attention_hidden_size": 2 * HIDDEN, "attention_head_dim": 32,
 }  # fmt: skip
 OMIT: Any = object()  # a size that the type refuses to be given
 FIXES: dict[str, dict[str, Any]] = {
@@ -67,11 +64,13 @@ FIXES: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}},
     "deepseek_v2": {"num_experts_per_tok": 2},
-    "dots1": {"n_routed_experts": EXPERTS, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 56},
+    "dots1": {
+        "n_routed_experts": EXPERTS, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 56,
+    },
     "dots3_note_text": {
-        "num_attention_heads": HEADS, "num_key_value_heads": HEADS, "per_layer_config": {"1": {"num_attention_heads": 2, "num_key_value_heads": 2}}, "kv_lora_rank": 16, "head_dim": 24,
+        "num_attention_heads": HEADS, "num_key_value_heads": HEADS, "kv_lora_rank": 16, "head_dim": 24,
+        "per_layer_config": {"1": {"num_attention_heads": 2, "num_key_value_heads": 2}},
         "qk_nope_head_dim": 16, "index_head_dim": HEAD_DIM, "index_n_heads": 2, "index_topk": 8,
-        "shared_experts_intermediate_size": 40,
     },
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": WINDOW},
@@ -93,8 +92,8 @@ FIXES: dict[str, dict[str, Any]] = {
     "xlnet": {"max_position_embeddings": OMIT},
     "xmod": {"default_language": "en_XX"},
     "xlstm": {"qk_dim_factor": 1.0},
-    "zamba": {**HYBRID, "attention_hidden_size": 2 * HIDDEN, "attention_head_dim": 32, "mamba_dt_rank": 4},
-    "zamba2": {**HYBRID, "hybrid_layer_ids": [1, 3], "attention_hidden_size": 2 * HIDDEN, "attention_head_dim": 32, "mamba_headdim": 16},
+    "zamba": {**HYBRID, "mamba_dt_rank": 4},
+    "zamba2": {**HYBRID, "hybrid_layer_ids": [1, 3], "mamba_headdim": 16},
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
 
