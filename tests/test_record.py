@@ -1,14 +1,18 @@
 """Recorded graphs: equal to the code they were recorded from, at every size, and given up where the model changes."""
 
 import copy
+import enum
 import gc
 import json
+import operator
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.fx import GraphModule
+from torch.overrides import handle_torch_function, has_torch_function_unary
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.models import FAMILIES, build, prompt
@@ -56,6 +60,53 @@ def test_a_recording_is_the_code_at_every_size():
         for name in ("y", "where", "state"):
             assert torch.equal(made[name], expected[name])
         assert torch.equal(given["state"], torch.ones(3))
+
+
+ALONE = ["neg", "invert", "abs"]
+IN_PLACE = ["iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"]
+BINARY = [*(name[1:] for name in IN_PLACE), "lshift", "rshift", "lt", "le", "gt", "ge", "eq", "ne"]
+
+
+@pytest.mark.parametrize("name", [*ALONE, *IN_PLACE, *BINARY, "matmul"])
+def test_every_operator_is_recorded(name):
+    """With a tensor on either side and on both."""
+    apply = getattr(operator, name + "_" * (name in ("and", "or")))
+    dtype = torch.float32 if name.endswith("truediv") else torch.long
+    x, y = torch.tensor([[5, 7], [6, 4]], dtype=dtype), torch.tensor([[1, 2], [3, 1]], dtype=dtype)
+    calls = [lambda x, y: apply(x.clone(), y)]
+    if name in ALONE:
+        calls = [lambda x, y: apply(x)]
+    elif name != "matmul":
+        calls += [lambda x, y: apply(x.clone(), 3), *([lambda x, y: apply(2, y)] if name in BINARY else [])]
+    for call in calls:
+        graph, recording = record(lambda fakes, call=call: call(**fakes), {"x": Given(x), "y": Given(y)}, {})
+        assert torch.equal(replay(graph, recording, {"x": x, "y": y}), call(x, y))
+
+
+class Kind(enum.IntEnum):
+    LAST = -1
+
+
+def test_constants_that_code_cannot_spell():
+    """Numbers of NumPy and of enumerations become plain ones; of other things there is no recording."""
+
+    def call(given):
+        return {"out": (given["x"] * np.float64(0.5) / np.sqrt(9.0) + np.int64(2)).sum(Kind.LAST)}
+
+    given = {"x": torch.randn(3, 4)}
+    graph, recording = record(call, {"x": Given(given["x"])}, {})
+    assert torch.equal(replay(graph, recording, given)["out"], call(given)["out"])
+
+
+def test_a_function_without_a_name_is_no_recording():
+    def scale(x, by):
+        if has_torch_function_unary(x):
+            return handle_torch_function(scale, (x,), x, by)
+        return x * by
+
+    given = {"x": torch.randn(3)}
+    with pytest.raises(Declined, match="cannot be imported"):
+        record(lambda fakes: {"out": scale(fakes["x"], 2)}, {"x": Given(given["x"])}, {})
 
 
 @torch.library.custom_op("tinyfuse_tests::bump", mutates_args=("x",))

@@ -24,7 +24,7 @@ from torch._ops import OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, Node, Proxy
 from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP, DimDynamic, ShapeEnv, StatelessSymbolicContext
-from torch.fx.node import map_aggregate
+from torch.fx.node import _get_qualified_name, map_aggregate
 from torch.fx.proxy import GraphAppendingTracer
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
@@ -130,6 +130,11 @@ _OPERATORS = {
     f"__r{name}__": (getattr(operator, f"__{name}__"), True)
     for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor")
 } | {"__rdiv__": (operator.truediv, True), "__div__": (operator.truediv, False)}  # fmt: skip
+# Some have another name: Tensor.__ipow__ is called pow.
+_FUNCTIONS = {getattr(Tensor, name): entry for name, entry in _OPERATORS.items() if hasattr(Tensor, name)}
+_CONSTANTS = (
+    int, float, complex, bool, str, type(None), type(...), torch.dtype, torch.device, torch.layout, torch.memory_format,
+)  # fmt: skip
 _READS = {
     "item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__complex__", "__array__", "data_ptr",
     "equal", "allclose", "is_nonzero", "__contains__", "__reduce_ex__", "__deepcopy__", "untyped_storage", "storage",
@@ -152,6 +157,17 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | N
     if not fits or (bias is not None and (bias.dtype, bias.shape) != (x.dtype, weight.shape[:1])):
         return None
     return torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device=x.device)
+
+
+def _importable(func: Any) -> bool:
+    """Whether the code of a graph can name ``func``."""
+    if isinstance(func, (OpOverload, OpOverloadPacket)):
+        return True
+    *path, name = _get_qualified_name(func).split(".")
+    found = sys.modules.get(path[0])
+    for part in (*path[1:], name):
+        found = getattr(found, part, None)
+    return found is func
 
 
 class _Recorder(TorchFunctionMode):
@@ -224,13 +240,15 @@ class _Recorder(TorchFunctionMode):
         args, kwargs = self.operand(tuple(args)), self.operand(dict(kwargs))
         if name == "__get__":
             node = self.graph.call_function(getattr, (args[0], func.__self__.__name__))
-        elif name in _OPERATORS:
-            target, swapped = _OPERATORS[name]
+        elif func in _FUNCTIONS or name in _OPERATORS:
+            target, swapped = _FUNCTIONS.get(func) or _OPERATORS[name]
             node = self.graph.call_function(target, args[::-1] if swapped else args)
         elif getattr(Tensor, name, None) is func:
             node = self.graph.call_method(name, args, kwargs)
-        else:
+        elif _importable(func):
             node = self.graph.call_function(func, args, kwargs)
+        else:
+            raise Declined(f"the model calls a function that cannot be imported by its name ({name})")
         path, kind = self._module()
         node.meta |= {"example_value": result, "nn_module_stack": {path: (path, kind)}}
         self._results(node, result)
@@ -258,7 +276,14 @@ class _Recorder(TorchFunctionMode):
             return self._size(value)
         if isinstance(value, (torch.SymFloat, torch.SymBool)):
             raise Declined("a number is computed from a size")
-        return value
+        if type(value) in _CONSTANTS:
+            return value
+        for kind in (float, int, str):  # of NumPy and of enumerations, which code cannot spell
+            if isinstance(value, kind):
+                return kind(value)
+        if hasattr(value, "item"):
+            return value.item()
+        raise Declined(f"a torch function is given a {type(value).__name__}")
 
     def _constant(self, tensor: Tensor) -> Node:
         if type(tensor) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer):

@@ -82,6 +82,8 @@ def model_reason(model: torch.nn.Module) -> str | None:
             return f"{cls.__name__} has its own {name}"
     if model.config.is_encoder_decoder:
         return "the model is an encoder-decoder"
+    if not model._can_compile_fullgraph:  # some attend to what a static cache does not hold yet
+        return f"transformers does not say that {cls.__name__} runs on a static cache (_can_compile_fullgraph)"
     if model.training:
         return "the model is in training mode; call model.eval()"
     attention = model.config.get_text_config(decoder=True)._attn_implementation

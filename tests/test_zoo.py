@@ -1,0 +1,38 @@
+"""A sample of the zoo: spellings that no family of ``tests/models.py`` has, through everything that the zoo checks."""
+
+from __future__ import annotations
+
+import pytest
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from tests.zoo.build import FIXES, TYPES, config
+from tests.zoo.check import check
+
+SAMPLE = ("gemma3n_text", "deepseek_v3")  # powers of tensors, keys shared by layers; latent attention, experts
+
+
+@pytest.mark.parametrize("model_type", SAMPLE)
+def test_sample(model_type: str) -> None:
+    result = check(model_type, ("generate", "int8"))
+    assert not result.wrong and not result.stock
+    assert all(reason for _, reason in result.reasons)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "gpt_neo"])
+def test_what_looks_beyond_its_tokens_has_no_static_cache(model_type: str) -> None:
+    """Attention in both directions, and a window counted from the end of the cache."""
+    result = check(model_type, ("generate",))
+    assert not result.wrong
+    assert any("static cache" in reason for reason in result.fallbacks)
+
+
+def test_every_type_has_a_configuration_or_is_known_not_to() -> None:
+    failed = set()
+    for model_type in TYPES:
+        try:
+            config(model_type)
+        except Exception:
+            failed.add(model_type)
+    # whose own defaults transformers refuses, and layers counted by the defaults
+    assert failed <= {"gemma4_assistant", "dots3_note"}
+    assert FIXES.keys() <= MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys()

@@ -1,0 +1,135 @@
+"""What is checked of one model: the same results as stock transformers, and a reason for what was left alone."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tests.models import prompt
+from tests.zoo.build import build
+from tinyfuse.api import optimize, restore
+from tinyfuse.quantize import quantize_
+from tinyfuse.report import Report, collect
+
+NEW_TOKENS = 10
+LENGTH, PADDING = 12, 3  # longer than a sliding window
+
+
+@dataclass
+class Result:
+    """``wrong``: what differed from stock, by check; ``stock``: what stock raised, where nothing could be compared."""
+
+    model_type: str
+    wrong: dict[str, str] = field(default_factory=dict)
+    stock: dict[str, str] = field(default_factory=dict)
+    sites: Counter = field(default_factory=Counter)
+    reasons: Counter = field(default_factory=Counter)
+    fallbacks: list[str] = field(default_factory=list)
+
+    def note(self, report: Report) -> None:
+        for graph in report.graphs:
+            for site in graph.sites:
+                self.sites[site.anchor, "found"] += 1
+                self.sites[site.anchor, "fused"] += site.status == "fused"
+                if site.status != "fused":
+                    self.reasons[site.anchor, site.reason] += 1
+
+
+Differ = Callable[[Tensor, Tensor], str | None]
+
+
+def same(
+    result: Result, name: str, run: Callable[[Any, int], Tensor], stock: Any, ours: Any, padding: int, differ: Differ
+) -> None:
+    """Whether ``run`` gives the same with both models, or raises with both."""
+    try:
+        expected = run(stock, padding)
+    except Exception as error:
+        result.stock[name] = said(error)
+        expected = None
+    try:
+        made = run(ours, padding)
+    except Exception as error:
+        if expected is not None:
+            result.wrong[name] = said(error)
+        return
+    if expected is not None and (difference := differ(expected, made)):
+        result.wrong[name] = difference
+
+
+def said(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+
+
+def tokens_differ(expected: Tensor, made: Tensor) -> str | None:
+    if expected.shape != made.shape:
+        return f"{list(made.shape)} tokens, not {list(expected.shape)}"
+    return None if torch.equal(expected, made) else f"{int((expected != made).sum())} of {made.numel()} tokens differ"
+
+
+def logits_differ(expected: Tensor, made: Tensor) -> str | None:
+    error = ((expected - made).norm() / expected.norm()).item()
+    return None if error < 1e-5 else f"logits differ by {error:.2g}"
+
+
+def greedy(model: PreTrainedModel, padding: int) -> Tensor:
+    return model.generate(**prompt(LENGTH, batch=2, padding=padding), max_new_tokens=NEW_TOKENS, do_sample=False)
+
+
+@torch.no_grad()
+def logits(model: Callable[..., Any], padding: int) -> Tensor:
+    """Of the tokens that are no padding."""
+    inputs = prompt(LENGTH, batch=2, padding=padding)
+    return model(**inputs).logits[inputs["attention_mask"].bool()]
+
+
+def bits_differ(expected: Tensor, made: Tensor) -> str | None:
+    return None if torch.equal(expected, made) else "not the same bits"
+
+
+def check_generate(model: PreTrainedModel, result: Result) -> None:
+    """Twice: graphs are made at the first prompt and replayed at the second."""
+    fast = optimize(copy.deepcopy(model))
+    for padding in (0, PADDING, 0, PADDING):
+        same(result, f"generate, padding {padding}", greedy, model, fast, padding, tokens_differ)
+    result.note(fast._tinyfuse.report)
+    result.fallbacks = list(fast._tinyfuse.fallbacks)
+    restore(fast)
+    same(result, "restore", logits, model, fast, PADDING, bits_differ)
+
+
+def check_int8(model: PreTrainedModel, result: Result) -> None:
+    plain = copy.deepcopy(model)
+    quantize_(plain, "int8")
+    same(result, "int8", greedy, plain, optimize(copy.deepcopy(plain)), 0, tokens_differ)
+
+
+def check_forward(model: PreTrainedModel, result: Result) -> None:
+    torch._dynamo.reset()
+    with collect() as report:
+        compiled = torch.compile(model, backend="tinyfuse")
+        for padding in (0, PADDING):
+            same(result, f"forward, padding {padding}", logits, model, compiled, padding, logits_differ)
+    result.note(report)
+
+
+CHECKS = {"generate": check_generate, "int8": check_int8, "forward": check_forward}
+
+
+def check(model_type: str, names: Iterable[str] = CHECKS) -> Result:
+    result = Result(model_type)
+    try:
+        model = build(model_type)
+    except Exception as error:
+        result.stock["build"] = said(error)
+        return result
+    for name in names:
+        CHECKS[name](model, result)
+    return result
