@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import logging
+import signal
+import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -18,6 +22,7 @@ from tinyfuse.api import optimize, restore
 from tinyfuse.quantize import quantize_
 from tinyfuse.report import Report, collect
 
+LIMIT = 300  # seconds for one type
 NEW_TOKENS = 10
 LENGTH, PADDING = 12, 3  # longer than a sliding window
 
@@ -75,8 +80,9 @@ def tokens_differ(expected: Tensor, made: Tensor) -> str | None:
 
 
 def logits_differ(expected: Tensor, made: Tensor) -> str | None:
+    """fp32: sums in another order make 1e-5 at most, one value rounded to 16 bits 1e-3."""
     error = ((expected - made).norm() / expected.norm()).item()
-    return None if error < 1e-5 else f"logits differ by {error:.2g}"
+    return None if error < 1e-4 else f"logits differ by {error:.2g}"
 
 
 def greedy(model: PreTrainedModel, padding: int) -> Tensor:
@@ -133,3 +139,25 @@ def check(model_type: str, names: Iterable[str] = CHECKS) -> Result:
     for name in names:
         CHECKS[name](model, result)
     return result
+
+
+def run(model_type: str, names: Iterable[str]) -> tuple[Result, float]:
+    """In a process of its own: what was checked, and the seconds it took."""
+    logging.disable(logging.WARNING)
+    warnings.filterwarnings("ignore")
+    torch._dynamo.config.recompile_limit = 64
+    signal.signal(signal.SIGALRM, _late)
+    signal.alarm(LIMIT)
+    start = time.perf_counter()
+    try:
+        result = check(model_type, names)
+    except Exception as error:
+        result = Result(model_type, wrong={"check": said(error)})
+    finally:
+        signal.alarm(0)
+        torch._dynamo.reset()
+    return result, time.perf_counter() - start
+
+
+def _late(*_: object) -> None:
+    raise TimeoutError(f"not done in {LIMIT} s")
