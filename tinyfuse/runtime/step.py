@@ -12,7 +12,7 @@ import itertools
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, ClassVar
 
 import torch
@@ -291,10 +291,12 @@ class Captured:
         self.graph = torch.cuda.CUDAGraph()
         self.pool = like.pool if like is not None else torch.cuda.graph_pool_handle()
         torch.cuda.synchronize(device)
-        with torch.cuda.stream(stream), _own_workspaces():
-            torch.cuda.empty_cache()
-            self._capture(run, device)
-        random.set_offset(drawn)
+        try:
+            with torch.cuda.stream(stream), _own_workspaces():
+                torch.cuda.empty_cache()
+                self._capture(run, device)
+        finally:
+            random.set_offset(drawn)
 
     def _capture(self, run: Callable[[], Any], device: torch.device) -> None:
         self.graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
@@ -328,14 +330,15 @@ def _own_workspaces() -> Iterator[None]:
 
 
 def _finish_capture(pool: Any, device: torch.device) -> None:
-    """What torch leaves undone when a capture ends in an error: the allocator still serves ``pool``, and the random
-    numbers count as captured until a capture ends well."""
-    torch._C._cuda_endAllocateToPool(device.index, pool)
-    torch._C._cuda_releasePool(device.index, pool)
+    """What torch leaves undone when a capture ends in an error: the random numbers count as captured until a capture
+    ends well, and the allocator still serves ``pool``, unless this torch has seen to that."""
     graph = torch.cuda.CUDAGraph()
     graph.capture_begin(capture_error_mode="thread_local")
     torch.zeros(1, device=device)
     graph.capture_end()
+    for finish in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
+        with suppress(RuntimeError):
+            finish(device.index, pool)
 
 
 def python_state(model: nn.Module, slot: Slot) -> list[Any]:
