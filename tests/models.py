@@ -102,7 +102,7 @@ def build(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(sorted(FAMILIES).index(name))
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        _randomise(model)
+        randomise(model)
     model.generation_config.eos_token_id = None
     return model.to(device, dtype).eval(), prompt(PROMPT, device=device)
 
@@ -117,7 +117,7 @@ def prompt(length: int, batch: int = 1, padding: int = 0, device: str = "cpu") -
 
 
 @torch.no_grad()
-def _randomise(model: nn.Module) -> None:
+def randomise(model: nn.Module) -> None:
     """Matrices that keep the scale of what they multiply, norms around their initial value, biases around 0.
 
     Embeddings are small, so that the layers decide on the next token: most heads are tied to them.

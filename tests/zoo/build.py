@@ -7,18 +7,13 @@ unless its sizes depend on each other in a way of its own: then a line in ``FIXE
 from __future__ import annotations
 
 from typing import Any
+from zlib import crc32
 
 import torch
-from transformers import (
-    CONFIG_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoModelForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from tests.models import TOKENS, VOCABULARY, WINDOW, _randomise
+from tests.models import TOKENS, VOCABULARY, WINDOW, randomise
 
 LAYERS, HEADS, HEAD_DIM, HIDDEN, EXPERTS = 2, 4, 16, 64, 4
 POSITIONS = 256
@@ -38,7 +33,7 @@ SIZES: dict[str, Any] = {
     **_named(POSITIONS, "max_position_embeddings n_positions max_seq_len max_target_positions"),
     **_named(EXPERTS, "num_experts num_local_experts n_routed_experts moe_num_experts num_routed_experts"),
     **_named(2, "num_experts_per_tok num_experts_per_token moe_topk moe_k top_k_experts"),
-    **_named(56, "moe_intermediate_size expert_intermediate_size moe_ffn_hidden_size"),
+    **_named(56, "moe_intermediate_size expert_intermediate_size moe_ffn_hidden_size expert_ffn_hidden_size"),
     **_named(40, "shared_expert_intermediate_size shared_intermediate_size shared_experts_intermediate_size"),
     **_named(1, "n_group topk_group"),
     **_named(WINDOW, "sliding_window attention_window_size attn_window_size"),
@@ -52,14 +47,13 @@ SIZES: dict[str, Any] = {
     "rotary_dim": 8,
 }  # fmt: skip
 
-# What a type needs beside SIZES.
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 HYBRID = {
     "num_hidden_layers": 4, "layer_types": ["linear_attention", "hybrid"] * 2, "num_key_value_heads": HEADS,
     "attention_hidden_size": 2 * HIDDEN, "attention_head_dim": 32,
 }  # fmt: skip
 OMIT: Any = object()  # a size that the type refuses to be given
-FIXES: dict[str, dict[str, Any]] = {
+FIXES: dict[str, dict[str, Any]] = {  # what a type needs beside SIZES
     "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16},
     "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}},
@@ -110,9 +104,8 @@ def _shrunk(cls: type, fixes: dict[str, Any]) -> Any:
     sizes = {name: size for name, size in SIZES.items() if _settable(cls, name) and _value(default, name) is not None}
     if "qk_rope_head_dim" in sizes:
         sizes |= {"head_dim": sizes["qk_rope_head_dim"], "num_key_value_heads": HEADS}
-    if _settable(cls, cls.attribute_map.get("layer_types", "layer_types")) and isinstance(
-        kinds := _value(default, "layer_types"), list
-    ):
+    kinds = _value(default, "layer_types")
+    if isinstance(kinds, list) and _settable(cls, cls.attribute_map.get("layer_types", "layer_types")):
         kinds = list(dict.fromkeys(kinds))
         sizes["layer_types"] = kinds * (LAYERS // len(kinds) or 1)
         sizes["num_hidden_layers"] = len(sizes["layer_types"])
@@ -122,7 +115,8 @@ def _shrunk(cls: type, fixes: dict[str, Any]) -> Any:
         for name, part in parts.items()
         if isinstance(part, PreTrainedConfig)
     }
-    return cls(**{name: value for name, value in {**TOKENS, **sizes, **fixes}.items() if value is not OMIT})
+    tokens = TOKENS if "vocab_size" in sizes else {}
+    return cls(**{name: value for name, value in {**tokens, **sizes, **fixes}.items() if value is not OMIT})
 
 
 def _settable(cls: type, name: str) -> bool:
@@ -140,12 +134,9 @@ def _value(config: Any, name: str) -> Any:
 def build(model_type: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """In evaluation mode; the same type gives the same weights."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(TYPES.index(model_type))
+        torch.manual_seed(crc32(model_type.encode()))
         model = AutoModelForCausalLM.from_config(config(model_type), dtype=torch.float32)
-        _randomise(model)
+        randomise(model)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model.to(dtype).eval()
-
-
-__all__ = ["MODEL_FOR_CAUSAL_LM_MAPPING", "TYPES", "build", "config"]
