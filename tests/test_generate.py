@@ -230,7 +230,7 @@ def test_padded_prompts(family, monkeypatch):
         for layer, ours in zip(stock.past_key_values.layers, result.past_key_values.layers, strict=True):
             torch.testing.assert_close(ours.keys, layer.keys)
     prompts = [prompt for slot in pair.fast._tinyfuse.pool.slots.values() for prompt in slot.prompts.values()]
-    assert 4 <= len(prompts) <= 10 and all(prompt.bound is not None for prompt in prompts)
+    assert 4 <= len(prompts) <= 10 and all(prompt.usable for prompt in prompts)
     assert pair.fallbacks == []
 
 

@@ -98,6 +98,18 @@ def test_constants_that_code_cannot_spell():
     assert torch.equal(replay(graph, recording, given)["out"], call(given)["out"])
 
 
+class Rounding(enum.StrEnum):
+    DOWN = "floor"
+
+
+@pytest.mark.parametrize(
+    "use", [lambda x: x[np.array([1])], lambda x: torch.div(x, 2, rounding_mode=Rounding.DOWN)], ids=["array", "text"]
+)
+def test_other_arguments_are_no_recording(use):
+    with pytest.raises(Declined, match="is given a"):
+        record(lambda fakes: {"out": use(fakes["x"])}, {"x": Given(torch.randn(3))}, {})
+
+
 def test_a_function_without_a_name_is_no_recording():
     def scale(x, by):
         if has_torch_function_unary(x):

@@ -16,6 +16,9 @@ MULTIPLE = {
     "gated_act": 1.1,  # the same roundings; another exp
     "attention": 2.0,  # the probabilities are rounded to the dtype, which SDPA's kernels do for some shapes only
 }
+# How far the fp32 logits of a whole model may be from stock's: sums in another order make 1e-5, one value rounded to 16
+# bits 1e-3.
+LOGITS = 1e-4
 
 
 def error(out: Tensor, exact: Tensor) -> float:

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tests.models import prompt
+from tests.tolerance import LOGITS, error
 from tests.zoo.build import build
 from tinyfuse.api import optimize, restore
 from tinyfuse.quantize import quantize_
@@ -56,21 +57,21 @@ def same(
     """Whether ``run`` gives the same with both models, or raises with both."""
     try:
         expected = run(stock, padding)
-    except Exception as error:
-        result.stock[name] = said(error)
+    except Exception as failure:
+        result.stock[name] = said(failure)
         expected = None
     try:
         made = run(ours, padding)
-    except Exception as error:
+    except Exception as failure:
         if expected is not None:
-            result.wrong[name] = said(error)
+            result.wrong[name] = said(failure)
         return
     if expected is not None and (difference := differ(expected, made)):
         result.wrong[name] = difference
 
 
-def said(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+def said(failure: Exception) -> str:
+    return f"{type(failure).__name__}: {str(failure).strip().partition(chr(10))[0][:200]}"
 
 
 def tokens_differ(expected: Tensor, made: Tensor) -> str | None:
@@ -80,9 +81,8 @@ def tokens_differ(expected: Tensor, made: Tensor) -> str | None:
 
 
 def logits_differ(expected: Tensor, made: Tensor) -> str | None:
-    """fp32: sums in another order make 1e-5 at most, one value rounded to 16 bits 1e-3."""
-    error = ((expected - made).norm() / expected.norm()).item()
-    return None if error < 1e-4 else f"logits differ by {error:.2g}"
+    difference = error(made, expected.double())
+    return None if difference < LOGITS else f"logits differ by {difference:.2g}"
 
 
 def greedy(model: PreTrainedModel, padding: int) -> Tensor:
@@ -133,8 +133,8 @@ def check(model_type: str, names: Iterable[str] = CHECKS) -> Result:
     result = Result(model_type)
     try:
         model = build(model_type)
-    except Exception as error:
-        result.stock["build"] = said(error)
+    except Exception as failure:
+        result.stock["build"] = said(failure)
         return result
     for name in names:
         CHECKS[name](model, result)
@@ -151,8 +151,8 @@ def run(model_type: str, names: Iterable[str]) -> tuple[Result, float]:
     start = time.perf_counter()
     try:
         result = check(model_type, names)
-    except Exception as error:
-        result = Result(model_type, wrong={"check": said(error)})
+    except Exception as failure:
+        result = Result(model_type, wrong={"check": said(failure)})
     finally:
         signal.alarm(0)
         torch._dynamo.reset()

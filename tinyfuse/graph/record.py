@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from types import CodeType
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -130,7 +131,7 @@ _OPERATORS = {
     f"__r{name}__": (getattr(operator, f"__{name}__"), True)
     for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor")
 } | {"__rdiv__": (operator.truediv, True), "__div__": (operator.truediv, False)}  # fmt: skip
-# Some have another name: Tensor.__ipow__ is called pow.
+# By the function, for some have another name: Tensor.__pow__ is called pow.
 _FUNCTIONS = {getattr(Tensor, name): entry for name, entry in _OPERATORS.items() if hasattr(Tensor, name)}
 _CONSTANTS = (
     int, float, complex, bool, str, type(None), type(...), torch.dtype, torch.device, torch.layout, torch.memory_format,
@@ -240,8 +241,8 @@ class _Recorder(TorchFunctionMode):
         args, kwargs = self.operand(tuple(args)), self.operand(dict(kwargs))
         if name == "__get__":
             node = self.graph.call_function(getattr, (args[0], func.__self__.__name__))
-        elif func in _FUNCTIONS or name in _OPERATORS:
-            target, swapped = _FUNCTIONS.get(func) or _OPERATORS[name]
+        elif written_as := _FUNCTIONS.get(func, _OPERATORS.get(name)):
+            target, swapped = written_as
             node = self.graph.call_function(target, args[::-1] if swapped else args)
         elif getattr(Tensor, name, None) is func:
             node = self.graph.call_method(name, args, kwargs)
@@ -278,11 +279,10 @@ class _Recorder(TorchFunctionMode):
             raise Declined("a number is computed from a size")
         if type(value) in _CONSTANTS:
             return value
-        for kind in (float, int, str):  # of NumPy and of enumerations, which code cannot spell
-            if isinstance(value, kind):
-                return kind(value)
-        if hasattr(value, "item"):
+        if isinstance(value, np.generic):  # a number that code cannot spell; an array would lose its shape
             return value.item()
+        if isinstance(value, int):  # of an enumeration
+            return int(value)
         raise Declined(f"a torch function is given a {type(value).__name__}")
 
     def _constant(self, tensor: Tensor) -> Node:
