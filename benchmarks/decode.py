@@ -4,9 +4,10 @@
 
 Random weights, greedy, through ``tinyfuse.optimize`` and ``model.generate``; the median of interleaved repeats.
 ``stock-static`` is ``generate`` with a static cache. ``stock-step`` is transformers' forward under ``torch.compile``
-(Inductor, CUDA graphs) on a static cache, called in a bare loop. ``torchao-int8`` compiles with coordinate descent
-tuning, which takes minutes. The kernels of a step come from the profiler: ``us`` is the time by which a kernel moved
-the end of the step, so that overlapping launches add up to the step. Appends to decode-<gpu>.json.
+(Inductor, CUDA graphs) on a static cache, called in a bare loop; ``torchao-step`` the same after torchao's int8
+weight-only quantisation, with coordinate descent tuning. The kernels of a step come from the profiler: ``us`` is the
+time by which a kernel moved the end of the step, so that overlapping launches add up to the step. Appends to
+decode-<gpu>.json.
 """
 
 from __future__ import annotations
@@ -70,9 +71,9 @@ CASES = {
 class CompiledStep:
     """``run(ids, n)`` over transformers' own forward: an eager prompt, then one compiled call a token."""
 
-    def __init__(self, model: nn.Module, batch: int, length: int):
+    def __init__(self, model: nn.Module, batch: int, length: int, tune: bool):
         self.model, self.cache = model, StaticCache(model.config, max_cache_len=length)
-        options = {"triton.cudagraphs": True}
+        options = {"triton.cudagraphs": True, "coordinate_descent_tuning": tune}
         self.step = torch.compile(model.forward, dynamic=False, fullgraph=True, options=options)
 
     @torch.no_grad()
@@ -92,9 +93,13 @@ class CompiledStep:
 
 
 def ready(name: str, case: Case, model: nn.Module, prompts: list[Tensor]) -> Prepared:
-    if name != "stock-step":
+    torchao = name == "torchao-step"
+    if not (torchao or name == "stock-step"):
         return prepare(VARIANTS[name], model, prompts, GEN)
-    run, began = CompiledStep(model, case.batch, case.prompt + GEN), time.perf_counter()
+    if torchao:
+        model = models.twin(model)
+        VARIANTS["torchao-int8"].quantize(model)
+    run, began = CompiledStep(model, case.batch, case.prompt + GEN, torchao), time.perf_counter()
     for prompt in prompts:
         run(prompt, 1)
         run(prompt, GEN)
@@ -148,7 +153,7 @@ def share(table: list[dict[str, Any]], names: tuple[str, ...], nbytes: float, ba
 def measured(case: Case, torchao: bool, repeats: int) -> dict[str, Any]:
     loaded = models.load(None, case.preset, torch.bfloat16, DEVICE)
     prompts = models.prompts(loaded, case.batch, case.prompt, repeats + WARM_UPS, 0)
-    names = [*case.variants, *(("torchao-int8",) if torchao else ())]
+    names = [*case.variants, *(("torchao-step",) if torchao else ())]
     prepared = {}
     for name in names:
         prepared[name] = ready(name, case, loaded.model, prompts[:WARM_UPS])
@@ -206,7 +211,7 @@ def show(name: str, result: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", choices=[[], *CASES], help="all by default")
-    parser.add_argument("--torchao", action="store_true", help="time torchao-int8 too")
+    parser.add_argument("--torchao", action="store_true", help="time torchao-step too")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()

@@ -22,7 +22,6 @@ from tinyfuse.kernels.rope import table_strides
 MASK_NONE, MASK_BOOL, MASK_FLOAT = 0, 1, 2
 MAX_ROWS = 16
 MAX_SPLITS = 64
-LONG_CACHE = 16384  # from here on, larger blocks are faster
 # A program of `_decode` merges at most so many numbers (splits x rows x head_dim, each padded to a power of two).
 # Chosen before measurement: two warps hold them in registers, and of 16384 they spill.
 MERGED = 8192
@@ -111,10 +110,9 @@ def _merge(out, partial, stats, row, row_ok, splits, DV: tl.constexpr, BLOCK_DV:
     inside = row_ok & (s < splits)
     top = tl.load(stats + slot * 2, mask=inside, other=float("-inf"), cache_modifier=".cg")
     total = tl.load(stats + slot * 2 + 1, mask=inside, other=0.0, cache_modifier=".cg")
+    acc = tl.load(partial + slot * DV + e, mask=inside & (e < DV), other=0.0, cache_modifier=".cg")
     best = tl.max(top, 0)[None, :, :]
     weight = tl.exp2(top - tl.where(best == float("-inf"), 0.0, best))
-    # A split without a key left its part of `partial` unwritten; its weight is 0.
-    acc = tl.load(partial + slot * DV + e, mask=(weight > 0.0) & (e < DV), other=0.0, cache_modifier=".cg")
     # fma with 0: a product that the compiler may fuse with an addition would have other bits in some layouts.
     total = _fold(tl.fma(total, weight, 0.0), STEPS)
     result = _fold(tl.fma(acc, weight, 0.0), STEPS) / tl.where(total == 0.0, 1.0, total)
@@ -135,15 +133,40 @@ def _merge_if_last(
 
 
 @jit
-def _turned(x, cos, sin, d, mask, cos_r, sin_r, R: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """Columns ``d`` of the rows at ``x``, of which the first R are rotated; fp32."""
+def _partner(x, d, mask, R: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """What rotation mixes with columns ``d`` of the rows at ``x``: the other half, or the other of a pair."""
     other = (d ^ 1) if INTERLEAVED else tl.where(d < R // 2, d + R // 2, d - R // 2)
-    sign = tl.where((d % 2 == 0) if INTERLEAVED else (d < R // 2), -1.0, 1.0)
-    turns = d < R
-    c = tl.load(cos + d * cos_r, mask=turns, other=1.0).to(tl.float32)
-    s = tl.load(sin + d * sin_r, mask=turns, other=0.0).to(tl.float32) * sign
-    partner = tl.load(x + other, mask=mask & turns, other=0.0).to(tl.float32)
-    return tl.load(x + d, mask=mask, other=0.0).to(tl.float32) * c + partner * s
+    return tl.load(x + other, mask=mask & (d < R), other=0.0)
+
+
+@jit
+def _load(
+    i, split, splits, k, v, k_n, v_n, mask, mask_n, at, first, last, read, row, rows_ok, KIND: tl.constexpr,
+    BY_ROW: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """Block i of a split, but for the key at ``at``: keys, values and the bias of the scores."""
+    d, e = tl.arange(0, BLOCK_D)[None, :], tl.arange(0, BLOCK_DV)[None, :]
+    start = tl.cast((split + i * splits) * BLOCK_N, tl.int64)
+    tile = tl.arange(0, BLOCK_N)
+    n = start + tile
+    keep, bias = _block_mask(mask, mask_n, n, first, last, read, row, rows_ok, KIND, BY_ROW, CAUSAL)
+    keep = (keep & (n != at))[:, None]
+    key = tl.load(k + start * k_n + (tile[:, None] * k_n + d), mask=keep & (d < D), other=0.0)
+    value = tl.load(v + start * v_n + (tile[:, None] * v_n + e), mask=keep & (e < DV), other=0.0)
+    return key, value, tl.where((n != at)[None, :], bias, float("-inf"))
+
+
+@jit
+def _attend(top, total, acc, query, key, value, bias, scale):
+    """The largest score, the sum and the weighted values of each row after more keys."""
+    score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale + bias
+    higher = tl.maximum(top, tl.max(score, 1))
+    shift = tl.where(higher == float("-inf"), 0.0, higher)
+    p = tl.exp2(score - shift[:, None])
+    decay = tl.exp2(top - shift)
+    acc = tl.dot(p.to(value.dtype), value, acc * decay[:, None], input_precision="ieee")
+    return higher, total * decay + tl.sum(p, 1), acc
 
 
 @jit
@@ -154,15 +177,13 @@ def _decode(
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     ROW_BLOCKS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, SCAN: tl.constexpr, STAGES: tl.constexpr,
     KIND: tl.constexpr, BY_ROW: tl.constexpr, CAUSAL: tl.constexpr, SPLIT: tl.constexpr,
-    MERGE_ROWS: tl.constexpr, MERGE_STEPS: tl.constexpr, R: tl.constexpr, INTERLEAVED: tl.constexpr, PDL: tl.constexpr,
+    MERGE_ROWS: tl.constexpr, MERGE_STEPS: tl.constexpr, R: tl.constexpr, INTERLEAVED: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """``MERGE_ROWS``: the power of two that holds the rows of a program, or 0 to leave them to ``_combine``.
 
     With ``new_k`` q and it are rotated first, and it and ``new_v`` are position ``pos`` of the cache: the program whose
-    split that is in writes them there, and starts from their score instead of reading them back."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    split that is in writes them there, and ends with their score instead of reading them back."""
     split = tl.program_id(0)
     kv_head = tl.program_id(1).to(tl.int64)
     first_row = (tl.program_id(2) % ROW_BLOCKS) * BLOCK_R
@@ -173,23 +194,39 @@ def _decode(
     row = r % Sq
     d = tl.arange(0, BLOCK_D)
     e = tl.arange(0, BLOCK_DV)
-    tile = tl.arange(0, BLOCK_N)
-    q_ptr = q + b * q_b + head * q_h + row * q_m
-    q_mask = rows_ok[:, None] & (d < D)[None, :]
-    if new_k is None:
-        query = tl.load(q_ptr[:, None] + d[None, :], mask=q_mask, other=0.0)
+    k += b * k_b + kv_head * k_h
+    v += b * v_b + kv_head * v_h
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    column, column_ok = d[None, :], (d < D)[None, :]
+    if GROUP == 1 and new_k is not None:  # one row, which stands for all
+        q_ptr = q + b * q_b + kv_head * q_h
+        q_mask = column_ok
     else:
-        cos += b * cos_b
-        sin += b * sin_b
-        turned = _turned(q_ptr[:, None], cos, sin, d[None, :], q_mask, cos_r, sin_r, R, INTERLEAVED)
-        query = turned.to(q.dtype.element_ty)
-    k_ptr = k + b * k_b + kv_head * k_h + tile[:, None] * k_n + d[None, :]
-    v_ptr = v + b * v_b + kv_head * v_h + tile[:, None] * v_n + e[None, :]
+        q_ptr = (q + b * q_b + head * q_h + row * q_m)[:, None]
+        q_mask = rows_ok[:, None] & column_ok
+    first, last, read = 0, Skv, Skv
+    if bounds is not None:
+        bounds += b * 4
+        first, last, read = tl.load(bounds), tl.load(bounds + 1), tl.load(bounds + 2)
+    query = tl.load(q_ptr + column, mask=q_mask, other=0.0)
+    at = -1
+    if new_k is not None:
+        # Every program loads the new token at once, though one needs it: behind a branch it would wait for ``pos``.
+        at = tl.load(pos)
+        turns = column < R
+        c = tl.load(cos + b * cos_b + column * cos_r, mask=turns, other=1.0)
+        s = tl.load(sin + b * sin_b + column * sin_r, mask=turns, other=0.0)
+        q_other = _partner(q_ptr, column, q_mask, R, INTERLEAVED)
+        new_k += b * new_k_b + kv_head * new_k_h
+        k_new = tl.load(new_k + column, mask=column_ok, other=0.0)
+        k_other = _partner(new_k, column, column_ok, R, INTERLEAVED)
+        v_new = tl.load(new_v + b * new_v_b + kv_head * new_v_h + e[None, :], mask=(e < DV)[None, :], other=0.0)
 
     lo = 0
     hi = tl.cdiv(tl.maximum(tl.cdiv(Skv, BLOCK_N) - split, 0), splits)
     mask_ptr = mask
-    first, last, read = 0, Skv, Skv
     if KIND != 0:
         mask += b * mask_b + kv_head * GROUP * mask_h
         mask_ptr = mask
@@ -198,8 +235,6 @@ def _decode(
         if KIND == 1:
             blocks = hi
             if bounds is not None:
-                bounds += b * 4
-                first, last, read = tl.load(bounds), tl.load(bounds + 1), tl.load(bounds + 2)
                 lo = tl.cdiv(tl.maximum(first // BLOCK_N - split, 0), splits)
                 hi = tl.minimum(hi, tl.cdiv(tl.maximum(tl.cdiv(last, BLOCK_N) - split, 0), splits))
             else:
@@ -213,53 +248,66 @@ def _decode(
                     begin, end = _live_blocks(line, mask_n, Skv, split, splits, blocks, BLOCK_N, SCAN)
                     lo = tl.minimum(lo, begin)
                     hi = tl.maximum(hi, end)
+    # Blocks from ``plain`` on need no look at the mask, which would hold up the loads of keys and values. The first of
+    # them, whose keys are all masked if there is none, is on its way before the query is turned.
+    UNMASKED: tl.constexpr = KIND == 0 or bounds is not None
+    plain = hi
+    if bounds is not None:
+        plain = tl.where(read > first, hi, lo)
+    elif KIND == 0:
+        plain = lo
+    if UNMASKED:
+        key, value, bias = _load(
+            plain, split, splits, k, v, k_n, v_n, mask_ptr, mask_n, at, first, last, read, row, rows_ok, 0, False,
+            CAUSAL, BLOCK_N, D, DV, BLOCK_D, BLOCK_DV,
+        )  # fmt: skip
+    if new_k is not None:
+        sign = tl.where((column % 2 == 0) if INTERLEAVED else (column < R // 2), -1.0, 1.0)
+        cf, sf = c.to(tl.float32), s.to(tl.float32) * sign
+        query = (query.to(tl.float32) * cf + q_other.to(tl.float32) * sf).to(q.dtype.element_ty)
+        query = tl.broadcast_to(query, [BLOCK_R, BLOCK_D])
+        key_row = (k_new.to(tl.float32) * cf + k_other.to(tl.float32) * sf).to(k.dtype.element_ty)
 
     top = tl.full([BLOCK_R], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_R], tl.float32)
     acc = tl.zeros([BLOCK_R, BLOCK_DV], tl.float32)
-    some = lo < hi
+    if UNMASKED:
+        top, total, acc = _attend(top, total, acc, query, key, value, bias, scale)
+    if KIND != 0:
+        for i in tl.range(lo, plain, num_stages=STAGES):
+            key, value, bias = _load(
+                i, split, splits, k, v, k_n, v_n, mask_ptr, mask_n, at, first, last, read, row, rows_ok, KIND, BY_ROW,
+                CAUSAL, BLOCK_N, D, DV, BLOCK_D, BLOCK_DV,
+            )  # fmt: skip
+            top, total, acc = _attend(top, total, acc, query, key, value, bias, scale)
+    if UNMASKED:
+        for i in tl.range(plain + 1, hi, num_stages=STAGES):
+            key, value, bias = _load(
+                i, split, splits, k, v, k_n, v_n, mask_ptr, mask_n, at, first, last, read, row, rows_ok, 0, False,
+                CAUSAL, BLOCK_N, D, DV, BLOCK_D, BLOCK_DV,
+            )  # fmt: skip
+            top, total, acc = _attend(top, total, acc, query, key, value, bias, scale)
     if new_k is not None:
-        at = tl.load(pos)
-        if (at >= 0) & (at < Skv) & ((at // BLOCK_N) % splits == split):
-            some = at >= 0
-            column, column_ok = d[None, :], (d < D)[None, :]
-            k_row = new_k + b * new_k_b + kv_head * new_k_h
-            key = _turned(k_row, cos, sin, column, column_ok, cos_r, sin_r, R, INTERLEAVED).to(k.dtype.element_ty)
-            value_ok = (e < DV)[None, :]
-            value = tl.load(new_v + b * new_v_b + kv_head * new_v_h + e[None, :], mask=value_ok, other=0.0)
-            tl.store(k + b * k_b + kv_head * k_h + at * k_n + column, key, mask=column_ok)
-            tl.store(v + b * v_b + kv_head * v_h + at * v_n + e[None, :], value, mask=value_ok)
-            _, bias = _block_mask(
-                mask_ptr, mask_n, at + tl.arange(0, 1), first, last, read, row, rows_ok, KIND, BY_ROW, CAUSAL
-            )
-            score = tl.sum(query.to(tl.float32) * key.to(tl.float32), 1)
-            top = tl.sum(score[:, None] * scale + bias, 1)
-            total = tl.exp2(top - tl.where(top == float("-inf"), 0.0, top))
-            acc = total[:, None] * value.to(tl.float32)
-    for i in tl.range(lo, hi, num_stages=STAGES):
-        start = tl.cast((split + i * splits) * BLOCK_N, tl.int64)
-        keep, bias = _block_mask(mask_ptr, mask_n, start + tile, first, last, read, row, rows_ok, KIND, BY_ROW, CAUSAL)
-        if new_k is not None:
-            keep = keep & (start + tile != at)
-            bias = tl.where((start + tile != at)[None, :], bias, float("-inf"))
-        key = tl.load(k_ptr + start * k_n, mask=keep[:, None] & (d < D)[None, :], other=0.0)
-        value = tl.load(v_ptr + start * v_n, mask=keep[:, None] & (e < DV)[None, :], other=0.0)
-        score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale + bias
-        higher = tl.maximum(top, tl.max(score, 1))
+        mine = (at >= 0) & (at < Skv) & ((at // BLOCK_N) % splits == split)
+        tl.store(k + at * k_n + column, key_row, mask=column < tl.where(mine, D, 0))
+        tl.store(v + at * v_n + e[None, :], v_new, mask=e[None, :] < tl.where(mine, DV, 0))
+        _, new_bias = _block_mask(
+            mask_ptr, mask_n, at + tl.arange(0, 1), first, last, read, row, rows_ok, KIND, BY_ROW, CAUSAL
+        )
+        new_score = tl.sum(query.to(tl.float32) * key_row.to(tl.float32), 1) * scale
+        new_score = tl.where(mine, tl.sum(new_score[:, None] + new_bias, 1), float("-inf"))
+        higher = tl.maximum(top, new_score)
         shift = tl.where(higher == float("-inf"), 0.0, higher)
-        p = tl.exp2(score - shift[:, None])
-        decay = tl.exp2(top - shift)
-        total = total * decay + tl.sum(p, 1)
-        acc = tl.dot(p.to(value.dtype), value, acc * decay[:, None], input_precision="ieee")
-        top = higher
+        p, decay = tl.exp2(new_score - shift), tl.exp2(top - shift)
+        top, total = higher, total * decay + p
+        acc = acc * decay[:, None] + p[:, None] * v_new.to(tl.float32)
 
     out_row = (b * Sq + row) * H + head
     if SPLIT:
         slot = out_row * splits + split
         tl.store(stats + slot * 2, top, mask=rows_ok)
         tl.store(stats + slot * 2 + 1, total, mask=rows_ok)
-        if some:
-            tl.store(partial + slot[:, None] * DV + e[None, :], acc, mask=rows_ok[:, None] & (e < DV)[None, :])
+        tl.store(partial + slot[:, None] * DV + e[None, :], acc, mask=rows_ok[:, None] & (e < DV)[None, :])
         if MERGE_ROWS:
             _merge_if_last(
                 out, partial, stats, counters + tl.program_id(2) * tl.num_programs(1) + tl.program_id(1),
@@ -288,16 +336,21 @@ def _multiprocessors(device: torch.device) -> int:
 
 @lru_cache(4096)
 def plan(rows: int, programs: int, Skv: int, width: int, itemsize: int, device: torch.device) -> Plan:
-    """rows: query rows that share a kv head; programs: batch times kv heads; width: the larger padded head_dim."""
+    """rows: query rows that share a kv head; programs: batch times kv heads; width: the larger padded head_dim.
+
+    As measured on an H200, inside of a model: where a block to a program is no more than two programs to a
+    multiprocessor, it loads all of its keys and values at once; else they come in small blocks, three on their way."""
     block_r = min(64, max(16, triton.next_power_of_2(rows)))
     wave = 2 * _multiprocessors(device) / (programs * triton.cdiv(rows, block_r))
-    long = Skv >= LONG_CACHE
-    block_n = max(16, min(128, (16384 if long else 8192) // (width * itemsize)))
+    block_n = max(16, min(128, 32768 // (width * itemsize)))
+    blocks = triton.cdiv(Skv, block_n)
+    if blocks <= min(wave, MAX_SPLITS) and block_r == 16:
+        return Plan(block_r, block_n, blocks, 8, 1)
+    block_n = max(16, min(128, 8192 // (width * itemsize)))
     blocks = triton.cdiv(Skv, block_n)
     # Two programs per multiprocessor, or four small ones once each has 8 blocks: partial results stay few.
-    splits = int(wave if long else max(wave, min(2 * wave, blocks / 8)))
-    warps = 4 if long or block_r > 16 else 2
-    return Plan(block_r, block_n, max(1, min(splits, blocks, MAX_SPLITS)), warps, 3)
+    splits = int(max(wave, min(2 * wave, blocks / 8)))
+    return Plan(block_r, block_n, max(1, min(splits, blocks, MAX_SPLITS)), 4, 3)
 
 
 def mask_strides(mask: Tensor | None) -> tuple[int, int, int, int]:
@@ -370,7 +423,10 @@ def decode(
     strides = mask_strides(mask)
     kind = mask_kind(mask)
     by_row = (Sq > 1 and strides[2] != 0) or (group > 1 and strides[1] != 0)
-    scan = min(triton.next_power_of_2(max(1, triton.cdiv(triton.cdiv(Skv, p.block_n), p.splits))), 2048 // p.block_n)
+    scan = 1
+    if kind == MASK_BOOL and bounds is None:
+        per_split = triton.cdiv(triton.cdiv(Skv, p.block_n), p.splits)
+        scan = min(triton.next_power_of_2(max(1, per_split)), 2048 // p.block_n)
     ahead = pdl(q.device)
     options = {"num_warps": p.warps, "launch_pdl": True} if ahead else {"num_warps": p.warps}
     row_blocks = triton.cdiv(group * Sq, p.block_r)
@@ -385,7 +441,8 @@ def decode(
         scale * 1.4426950408889634, H, Sq, Skv, p.splits,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *strides, *_strides_of_new(new),
         group, D, DV, block_d, block_dv, row_blocks, p.block_r, p.block_n, scan, p.stages,
-        kind, by_row, is_causal, split, *merge, *((new.cos.shape[3], new.interleaved) if new else (0, False)), ahead,
+        kind, by_row, is_causal, split, *merge, *((new.cos.shape[3], new.interleaved) if new else (0, False)),
+        ahead,
         **options,
     )  # fmt: skip
     if split and counted is None:

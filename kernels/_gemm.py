@@ -19,14 +19,15 @@ from torch import Tensor
 from tinyfuse.kernels import _gemv
 from tinyfuse.kernels._gemv import pick, rows, three
 from tinyfuse.kernels._triton import Launch, jit, pdl, tl, triton
+from tinyfuse.kernels.gated_act import activate
 
 # Digits, rows, columns and depth of a tile, stages, warps, shares of K.
 Config = tuple[int, int, int, int, int, int, int]
 MOST_ROWS = 256  # beyond, expanding the weight and cuBLAS are faster
 
 
-@jit
-def _split(x, out, scale, stride, rows, K, DIGITS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+@jit(do_not_specialize=["tiles"])
+def _split(x, out, scale, stride, rows, tiles, K, DIGITS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """Row ``program_id(0)`` of x as its digits, [DIGITS, rows, K], and its scale."""
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK)
@@ -34,12 +35,15 @@ def _split(x, out, scale, stride, rows, K, DIGITS: tl.constexpr, BLOCK: tl.const
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     value = tl.load(x + row * stride + k, mask=k < K, other=0.0).to(tl.float32)
-    store_digits(value, out, scale, row, k, rows, K, DIGITS)
+    store_digits(value, out, scale, row, k, rows, tiles, K, DIGITS)
 
 
 @jit
-def store_digits(value, out, scale, row, k, rows, K, DIGITS: tl.constexpr):
-    """The digits of a row, ``value`` [BLOCK] in fp32 and 0 beyond K, and its scale."""
+def store_digits(value, out, scale, row, k, rows, tiles, K, DIGITS: tl.constexpr):
+    """The digits of a row, ``value`` [BLOCK] in fp32 and 0 beyond K, and its scale; behind the scales of all rows its
+    part of the zeros from which the programs of ``tiles`` tiles count."""
+    for i in range(row, tiles, tl.num_programs(0)):
+        tl.store(scale + tl.num_programs(0) + i, 0.0)
     # The bits of |x| order as integers do, with infinities and NaN on top: a row that holds one becomes NaN.
     largest = tl.max(tl.abs(value).to(tl.int32, bitcast=True), 0)
     bad = largest >= 0x7F800000
@@ -56,27 +60,40 @@ def store_digits(value, out, scale, row, k, rows, K, DIGITS: tl.constexpr):
 def _gemm(
     x, x_scale, residual, parts, w0, w1, w2, s0, s1, s2, b0, b1, b2, y0, y1, y2,
     M, rows, residual_stride, per_part, n0, n1, n2, stride0, stride1, stride2, first1, first2,
-    K: tl.constexpr, MEMBERS: tl.constexpr, DIGITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
+    K: tl.constexpr, MEMBERS: tl.constexpr, ACT: tl.constexpr, DIGITS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A tile of one y, or of one of PARTS shares of K. x: digits [DIGITS, rows, K]. ``first``: the first block of
-    columns of a weight. Programs that share weights are neighbours."""
+    """A tile of one y. x: digits [DIGITS, rows, K]. ``first``: the first block of columns of a weight. Under ACT a tile
+    holds rows of both weights, and y is act(W_0 x) * (W_1 x). Programs that share weights are neighbours. Of PARTS
+    programs, each with a share of K, the last to finish sums them in their order."""
     blocks_m = tl.cdiv(M, BLOCK_M)
     part = tl.program_id(1)
     block = tl.program_id(0) // blocks_m
+    PAIR: tl.constexpr = ACT != ""
+    EACH: tl.constexpr = BLOCK_N // 2 if PAIR else BLOCK_N  # rows of a weight
     w, s, b, y, n, stride = w0, s0, b0, y0, n0, stride0
-    before = 0
-    if MEMBERS > 1:
+    if MEMBERS > 1 and not PAIR:
         which = (block >= first1).to(tl.int32) + (block >= first2).to(tl.int32)
         w, s, y = pick(which, w0, w1, w2, MEMBERS), pick(which, s0, s1, s2, MEMBERS), pick(which, y0, y1, y2, MEMBERS)
         n, stride = pick(which, n0, n1, n2, MEMBERS), pick(which, stride0, stride1, stride2, MEMBERS)
         if b0 is not None:
             b = pick(which, b0, b1, b2, MEMBERS)
-        before = pick(which, 0, n0, n0 + n1, MEMBERS)
         block -= pick(which, 0, first1, first2, MEMBERS)
-    row = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = block * EACH + tl.arange(0, BLOCK_N) % EACH
+    safe = tl.minimum(row, n - 1)
     k = tl.arange(0, BLOCK_K)
-    w += tl.minimum(row, n - 1).to(tl.int64)[:, None] * stride + k[None, :]
+    if PAIR:
+        up = tl.arange(0, BLOCK_N) >= EACH
+        w = tl.where(up, w1, w0) + safe.to(tl.int64) * tl.where(up, stride1, stride0)
+        scale = tl.load(tl.where(up, s1, s0) + safe)
+        if b0 is not None:
+            bias = tl.load(tl.where(up, b1, b0) + safe).to(tl.float32)
+    else:
+        w += safe.to(tl.int64) * stride
+        scale = tl.load(s + safe)
+        if b0 is not None:
+            bias = tl.load(b + safe).to(tl.float32)
+    w = w[:, None] + k[None, :]
     # All digits of BLOCK_M rows are the columns of one product; three of them leave a fourth slot, of weight 0.
     SLOTS: tl.constexpr = 4 if DIGITS == 3 else DIGITS
     column = tl.arange(0, SLOTS * BLOCK_M)
@@ -88,103 +105,86 @@ def _gemm(
         tl.extra.cuda.gdc_wait()
     acc = tl.zeros([BLOCK_N, SLOTS * BLOCK_M], tl.int32)
     for start in tl.range(part * per_part, tl.minimum(part * per_part + per_part, K), BLOCK_K, num_stages=STAGES):
-        if K % BLOCK_K == 0:
-            acc = tl.dot(tl.load(w + start), tl.trans(tl.load(x + start)), acc, out_dtype=tl.int32)
-        else:
-            inside = k[None, :] < K - start
-            a, d = tl.load(w + start, mask=inside, other=0), tl.load(x + start, mask=inside, other=0)
-            acc = tl.dot(a, tl.trans(d), acc, out_dtype=tl.int32)
+        acc = tl.dot(_tile(w, k, start, K, BLOCK_K), tl.trans(_tile(x, k, start, K, BLOCK_K)), acc, out_dtype=tl.int32)
     slot = tl.arange(0, SLOTS)[None, :, None]
     power = tl.where(slot == DIGITS - 1, 1.0, tl.where(slot == DIGITS - 2, 256.0, tl.where(slot == 0, 65536.0, 0.0)))
     total = tl.sum(tl.reshape(acc, [BLOCK_N, SLOTS, BLOCK_M]).to(tl.float32) * power, 1)
-    m = first + tl.arange(0, BLOCK_M)[None, :]
-    row = row[:, None]
-    mask = (m < M) & (row < n)
+    last = True
     if PARTS > 1:
-        columns = n0 + (MEMBERS > 1) * n1 + (MEMBERS > 2) * n2
-        tl.store(parts + (part * M + m).to(tl.int64) * columns + before + row, total, mask=mask)
-    else:
-        _finish(total, x_scale, s, b, residual, residual_stride, y, m, row, mask, M, n)
+        tile = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+        parts += tl.program_id(0).to(tl.int64) * (BLOCK_N * BLOCK_M) + tile
+        step = tl.num_programs(0).to(tl.int64) * (BLOCK_N * BLOCK_M)
+        tl.store(parts + part * step, total)
+        counter = (x_scale + M + tl.program_id(0)).to(tl.pointer_type(tl.int32))
+        tl.debug_barrier()  # one thread adds, for the stores of all
+        last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == PARTS - 1
+    m = first + tl.arange(0, BLOCK_M)
+    if last:
+        if PARTS > 1:  # past L1 (.cg), which does not see what other programs of the same launch have written
+            total = tl.load(parts, cache_modifier=".cg")
+            for other in tl.static_range(1, PARTS):
+                total += tl.load(parts + other * step, cache_modifier=".cg")
+        total *= scale[:, None] * tl.load(x_scale + m, mask=m < M, other=0.0)[None, :]
+        if b0 is not None:
+            total += bias[:, None]
+        if PAIR:
+            gate, up_part = tl.split(tl.permute(tl.reshape(total, [2, EACH, BLOCK_M]), [1, 2, 0]))
+            _store(activate(gate, ACT) * up_part, residual, residual_stride, y, m, block * EACH, M, n)
+        else:
+            _store(total, residual, residual_stride, y, m, block * EACH, M, n)
 
 
 @jit
-def _finish(total, x_scale, scale, bias, residual, residual_stride, y, m, n, mask, M, N):
-    total *= tl.load(x_scale + m, mask=m < M, other=0.0) * tl.load(scale + n, mask=n < N, other=0.0)
-    if bias is not None:
-        total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
+def _store(total, residual, residual_stride, y, m, row, M, N):
+    """Columns from ``row`` on of rows m of y, transposed in ``total``."""
+    m, row = m.to(tl.int64)[None, :], (row + tl.arange(0, total.shape[0]))[:, None]
+    mask = (m < M) & (row < N)
     if residual is not None:
-        total += tl.load(residual + m.to(tl.int64) * residual_stride + n, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y + m.to(tl.int64) * N + n, total.to(y.dtype.element_ty), mask=mask)
+        total += tl.load(residual + m * residual_stride + row, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y + m * N + row, total.to(y.dtype.element_ty), mask=mask)
 
 
-@jit(do_not_specialize=["M", "first1", "first2"])
-def _combine(
-    parts, x_scale, residual, s0, s1, s2, b0, b1, b2, y0, y1, y2,
-    M, residual_stride, n0, n1, n2, first1, first2,
-    MEMBERS: tl.constexpr, PARTS: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """The sum over the shares of K, in their order, of a row of one y. ``first``: its first program."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    block = tl.program_id(1)
-    s, b, y, n = s0, b0, y0, n0
-    before, columns = 0, n0
-    if MEMBERS > 1:
-        which = (block >= first1).to(tl.int32) + (block >= first2).to(tl.int32)
-        s, y, n = pick(which, s0, s1, s2, MEMBERS), pick(which, y0, y1, y2, MEMBERS), pick(which, n0, n1, n2, MEMBERS)
-        if b0 is not None:
-            b = pick(which, b0, b1, b2, MEMBERS)
-        before = pick(which, 0, n0, n0 + n1, MEMBERS)
-        block -= pick(which, 0, first1, first2, MEMBERS)
-        columns = n0 + n1 + (MEMBERS > 2) * n2
-    m = (tl.program_id(0) + tl.arange(0, 1))[:, None]
-    row = (block * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
-    mask = row < n
-    at = parts + m.to(tl.int64) * columns + before + row
-    total = tl.load(at, mask=mask, other=0.0)
-    for part in tl.static_range(1, PARTS):
-        total += tl.load(at + part * M.to(tl.int64) * columns, mask=mask, other=0.0)
-    _finish(total, x_scale, s, b, residual, residual_stride, y, m, row, mask, M, n)
+@jit
+def _tile(at, k, start, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Columns from ``start`` on of the rows at ``at``, 0 past their end."""
+    if K % BLOCK_K == 0:
+        return tl.load(at + start)
+    else:
+        return tl.load(at + start, mask=k[None, :] < K - start, other=0)
 
 
 @lru_cache(4096)
-def _bind_split(m: int, k: int, count: int, padded: int, stride: int, ahead: bool, *_dtype_device: Any) -> Launch:
+def _bind_split(m: int, k: int, count: int, padded: int, tiles: int, stride: int, ahead: bool, *_types: Any) -> Launch:
     block = triton.next_power_of_2(k)
-    return Launch(_split, (m,), (stride, padded, k, count, block, ahead), min(16, max(4, block // 512)), ahead)
+    return Launch(_split, (m,), (stride, padded, tiles, k, count, block, ahead), min(16, max(4, block // 512)), ahead)
 
 
-def split(x: Tensor, count: int, padded: int) -> tuple[Tensor, Tensor]:
-    """x [M, K] as int8 digits [count, padded, K], of which rows from M on are not written, and fp32 scales [M]."""
+def split(x: Tensor, count: int, padded: int, tiles: int) -> tuple[Tensor, Tensor]:
+    """x [M, K] as int8 digits [count, padded, K], of which rows from M on are not written, and fp32 scales [M] with
+    ``tiles`` zeros behind them."""
     m, k = x.shape
     digits = x.new_empty((count, padded, k), dtype=torch.int8)
-    scale = x.new_empty((m,), dtype=torch.float32)
-    _bind_split(m, k, count, padded, x.stride(0), pdl(x.device), x.dtype, x.device)(x, digits, scale)
+    scale = x.new_empty((m + tiles,), dtype=torch.float32)
+    _bind_split(m, k, count, padded, tiles, x.stride(0), pdl(x.device), x.dtype, x.device)(x, digits, scale)
     return digits, scale
 
 
-Split = Callable[[Tensor, int, int], tuple[Tensor, Tensor]]
+Split = Callable[[Tensor, int, int, int], tuple[Tensor, Tensor]]
 
 
 @lru_cache(4096)
 def _bind(
-    m: int, k: int, sizes: tuple[int, ...], strides: tuple[int, ...], residual_stride: int, config: Config,
+    m: int, k: int, sizes: tuple[int, ...], strides: tuple[int, ...], residual_stride: int, act: str, config: Config,
     ahead: bool, *_dtypes_device: Any,
-) -> tuple[Launch, Launch | None]:  # fmt: skip
-    """The product, and what sums its shares of K."""
+) -> Launch:  # fmt: skip
     count, block_m, block_n, block_k, stages, warps, parts = config
     blocks_m, per_part = triton.cdiv(m, block_m), triton.cdiv(triton.cdiv(k, block_k), parts) * block_k
-    blocks = [triton.cdiv(n, block_n) for n in sizes]
+    blocks = [triton.cdiv(n, block_n) for n in ((2 * sizes[0],) if act else sizes)]
     scalars = (
         m, blocks_m * block_m, residual_stride, per_part, *three(sizes), *three(strides), blocks[0], sum(blocks[:2]),
-        k, len(sizes), count, block_m, block_n, block_k, stages, parts, ahead,
+        k, len(sizes), act, count, block_m, block_n, block_k, stages, parts, ahead,
     )  # fmt: skip
-    product = Launch(_gemm, (blocks_m * sum(blocks), parts), scalars, warps, ahead)
-    if parts == 1:
-        return product, None
-    blocks = [triton.cdiv(n, 1024) for n in sizes]
-    scalars = m, residual_stride, *three(sizes), blocks[0], sum(blocks[:2]), len(sizes), parts, 1024, ahead
-    return product, Launch(_combine, (m, sum(blocks)), scalars, 4, ahead)
+    return Launch(_gemm, (blocks_m * sum(blocks), parts), scalars, warps, ahead)
 
 
 def reason(x: Tensor, weights: list[Tensor], scales: list[Tensor | None], biases: list[Tensor | None]) -> str | None:
@@ -200,28 +200,27 @@ def reason(x: Tensor, weights: list[Tensor], scales: list[Tensor | None], biases
 
 def gemm(
     x: Tensor, weights: list[Tensor], scales: list[Tensor], biases: list[Tensor | None],
-    residual: Tensor | None = None, config: Config | None = None, digits: Split = split,
+    residual: Tensor | None = None, act: str = "", config: Config | None = None, digits: Split = split,
 ) -> list[Tensor]:  # fmt: skip
-    """x [..., K], 1 to 3 int8 weights as :func:`_gemv.reason` has them; one output [..., N_i] each. ``digits`` splits
-    x, or what it makes of x."""
+    """x [..., K], 1 to 3 int8 weights as :func:`_gemv.reason` has them; one output [..., N_i] each, or with ``act``
+    act(W_0 x) * (W_1 x). ``digits`` splits x, or what it makes of x."""
     lead, x = x.shape[:-1], rows(x)
     m, k = x.shape
     sizes = tuple([w.shape[0] for w in weights])
     config = config or tile(m, sum(sizes), x.dtype, x.device)
-    outs = [x.new_empty((*lead, n)) for n in sizes]
+    outs = [x.new_empty((*lead, n)) for n in (sizes[:1] if act else sizes)]
     if residual is not None:
         residual = residual.reshape(-1, sizes[0])
         residual = residual if residual.stride(1) == 1 else residual.contiguous()
-    product, combine = _bind(
-        m, k, sizes, tuple([w.stride(0) for w in weights]), 0 if residual is None else residual.stride(0), config,
-        pdl(x.device), x.dtype, x.device, biases[0] is None or biases[0].dtype, residual is None or residual.dtype,
+    launch = _bind(
+        m, k, sizes, tuple([w.stride(0) for w in weights]), 0 if residual is None else residual.stride(0), act, config,
+        pdl(x.device), x.dtype, x.device, biases[0] is None or biases[0].dtype,
+        residual is None or residual.dtype,
     )  # fmt: skip
-    operand, x_scale = digits(x, config[0], triton.cdiv(m, config[1]) * config[1])
-    sums = None if combine is None else x.new_empty((config[6] * m * sum(sizes),), dtype=torch.float32)
-    ends = (*three(scales), *three(biases), *three(outs))
-    product(operand, x_scale, residual, sums, *three(weights), *ends)
-    if combine is not None:
-        combine(sums, x_scale, residual, *ends)
+    tiles, parts, _ = launch.grid
+    operand, x_scale = digits(x, config[0], triton.cdiv(m, config[1]) * config[1], tiles if parts > 1 else 0)
+    sums = x.new_empty((parts * tiles * config[1] * config[2],), dtype=torch.float32) if parts > 1 else None
+    launch(operand, x_scale, residual, sums, *three(weights), *three(scales), *three(biases), *three(outs))
     return outs
 
 
@@ -249,8 +248,8 @@ def tile(m: int, n: int, dtype: torch.dtype, device: torch.device) -> Config:
     any fixed number of stages."""
     processors, shared = _processors(device)
     count = digit_count(dtype)
-    block_m = 16 if m <= 16 else 32 if m <= 32 or count == 3 else 64
-    block_k = 256 if block_m == 16 else 128
+    block_m = 8 if m <= 8 else 16 if m <= 16 else 32 if m <= 32 or count == 3 else 64
+    block_k = 256 if m <= 16 else 128
     blocks_m = triton.cdiv(m, block_m)
     block_n = 128 if triton.cdiv(n, 64) * blocks_m > 1024 else 64
     blocks, parts = triton.cdiv(n, block_n) * blocks_m, 1

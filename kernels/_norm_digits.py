@@ -13,9 +13,9 @@ from tinyfuse.kernels._rows import MAX_BLOCK, Norm
 from tinyfuse.kernels._triton import Launch, jit, pdl, tl, triton
 
 
-@jit
+@jit(do_not_specialize=["tiles"])
 def _norm_split(
-    x, weight, out, scale, stride, rows, eps, K: tl.constexpr, DIGITS: tl.constexpr, BLOCK: tl.constexpr,
+    x, weight, out, scale, stride, rows, tiles, eps, K: tl.constexpr, DIGITS: tl.constexpr, BLOCK: tl.constexpr,
     UNIT_OFFSET: tl.constexpr, CAST_FIRST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Row ``program_id(0)`` of x, normalised and rounded to x's dtype, as ``_gemm._split`` gives it."""
@@ -30,16 +30,16 @@ def _norm_split(
     gain = _rows.load_gain(weight, k[None, :], K)  # on its way during the sum, past whose barrier no load is moved up
     factor = tl.rsqrt(tl.sum(value * value, 1) / K + eps)
     value = _rows.scaled(value, factor, gain, x.dtype.element_ty, UNIT_OFFSET, CAST_FIRST)
-    _gemm.store_digits(tl.reshape(value, [BLOCK]).to(tl.float32), out, scale, row, k, rows, K, DIGITS)
+    _gemm.store_digits(tl.reshape(value, [BLOCK]).to(tl.float32), out, scale, row, k, rows, tiles, K, DIGITS)
 
 
 @lru_cache(4096)
 def _bind(
-    m: int, k: int, count: int, padded: int, stride: int, eps: float, unit_offset: bool, cast_first: bool, ahead: bool,
-    *_dtypes_device: Any,
+    m: int, k: int, count: int, padded: int, tiles: int, stride: int, eps: float, unit_offset: bool, cast_first: bool,
+    ahead: bool, *_dtypes_device: Any,
 ) -> Launch:  # fmt: skip
     block = triton.next_power_of_2(k)
-    scalars = stride, padded, eps, k, count, block, unit_offset, cast_first, ahead
+    scalars = stride, padded, tiles, eps, k, count, block, unit_offset, cast_first, ahead
     return Launch(_norm_split, (m,), scalars, min(16, max(4, block // 512)), ahead)
 
 
@@ -50,12 +50,12 @@ def reason(x: Tensor, weight: Tensor | None) -> str | None:
     return _rows.unsupported_weight("rms_norm", x, weight)
 
 
-def split(norm: Norm, x: Tensor, count: int, padded: int) -> tuple[Tensor, Tensor]:
+def split(norm: Norm, x: Tensor, count: int, padded: int, tiles: int) -> tuple[Tensor, Tensor]:
     """``_gemm.split`` of the norm of x [M, K]."""
     m, k = x.shape
     digits = x.new_empty((count, padded, k), dtype=torch.int8)
-    scale = x.new_empty((m,), dtype=torch.float32)
+    scale = x.new_empty((m + tiles,), dtype=torch.float32)
     weight_dtype = None if norm.weight is None else norm.weight.dtype
-    launch = _bind(m, k, count, padded, x.stride(0), *norm[1:], pdl(x.device), x.dtype, weight_dtype, x.device)
+    launch = _bind(m, k, count, padded, tiles, x.stride(0), *norm[1:], pdl(x.device), x.dtype, weight_dtype, x.device)
     launch(x, norm.weight, digits, scale)
     return digits, scale

@@ -232,6 +232,6 @@ def one_row(
         x.dtype, x.device, biases[0] is None or biases[0].dtype, residual is None or residual.dtype,
         gain is None or gain.dtype,
     )  # fmt: skip
-    operand, x_scale = digits(x[None], count, 1) if int8 else (x, None)
+    operand, x_scale = digits(x[None], count, 1, 0) if int8 else (x, None)
     launch(operand, x_scale, gain, residual, *three(weights), *three(scales), *three(biases), *three(outs))
     return outs

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tinyfuse.kernels import _native, gated_act, linear, linear_group
+from tinyfuse.kernels import _gemm, _native, gated_act, linear, linear_group
 from tinyfuse.op import Kernel, register
 
 
@@ -50,13 +50,15 @@ def run_native(
 
 # --- GPU ---
 
+MISFIT = "the GPU gated linear takes gate and up weights of one shape and a known activation"
+
 
 def supports_gemv(
     x: Tensor, w_gate: Tensor, w_up: Tensor, s_gate: Tensor | None, s_up: Tensor | None,
     b_gate: Tensor | None, b_up: Tensor | None, act: str,
 ) -> str | None:  # fmt: skip
     if act not in gated_act.ACTIVATIONS or w_gate.shape != w_up.shape:
-        return "the GPU gated linear takes gate and up weights of one shape and a known activation"
+        return MISFIT
     return linear.few_rows_reason(x, [w_gate, w_up], [s_gate, s_up], [b_gate, b_up])
 
 
@@ -65,6 +67,22 @@ def run_gemv(
     b_gate: Tensor | None, b_up: Tensor | None, act: str,
 ) -> Tensor:  # fmt: skip
     return linear.few_rows(x, [w_gate, w_up], [s_gate, s_up], [b_gate, b_up], None, act)[0]
+
+
+def supports_tensor_core(
+    x: Tensor, w_gate: Tensor, w_up: Tensor, s_gate: Tensor | None, s_up: Tensor | None,
+    b_gate: Tensor | None, b_up: Tensor | None, act: str,
+) -> str | None:  # fmt: skip
+    if act not in gated_act.ACTIVATIONS or w_gate.shape != w_up.shape:
+        return MISFIT
+    return _gemm.reason(x, [w_gate, w_up], [s_gate, s_up], [b_gate, b_up])
+
+
+def run_tensor_core(
+    x: Tensor, w_gate: Tensor, w_up: Tensor, s_gate: Tensor | None, s_up: Tensor | None,
+    b_gate: Tensor | None, b_up: Tensor | None, act: str,
+) -> Tensor:  # fmt: skip
+    return _gemm.gemm(x, [w_gate, w_up], [s_gate, s_up], [b_gate, b_up], None, act)[0]
 
 
 def supports_each(
@@ -97,6 +115,7 @@ OP = register(
     kernels=[
         Kernel("native", "cpu", supports_native, run_native),
         Kernel("gemv", "cuda", supports_gemv, run_gemv),
+        Kernel("tensor_core", "cuda", supports_tensor_core, run_tensor_core),
         Kernel("each", "cuda", supports_each, run_each),
     ],
 )

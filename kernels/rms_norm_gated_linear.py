@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tinyfuse.kernels import gated_act, gated_linear, rms_norm, rms_norm_linear_group
+from tinyfuse.kernels import _norm_digits, gated_act, gated_linear, rms_norm, rms_norm_linear_group
 from tinyfuse.op import Kernel, register
 
 
@@ -48,7 +48,7 @@ def supports_one_row(
     s_gate: Tensor | None, s_up: Tensor | None, b_gate: Tensor | None, b_up: Tensor | None, act: str,
 ) -> str | None:  # fmt: skip
     if act not in gated_act.ACTIVATIONS or w_gate.shape != w_up.shape:
-        return "the GPU gated linear takes gate and up weights of one shape and a known activation"
+        return gated_linear.MISFIT
     args = [w_gate, w_up], [s_gate, s_up], [b_gate, b_up]
     return rms_norm_linear_group.supports_one_row(x, weight, eps, unit_offset, cast_first, *args)
 
@@ -59,6 +59,22 @@ def run_one_row(
 ) -> Tensor:  # fmt: skip
     args = [w_gate, w_up], [s_gate, s_up], [b_gate, b_up], act
     return rms_norm_linear_group.run_one_row(x, weight, eps, unit_offset, cast_first, *args)[0]
+
+
+def supports_tensor_core(
+    x: Tensor, weight: Tensor | None, eps: float, unit_offset: bool, cast_first: bool, w_gate: Tensor, w_up: Tensor,
+    s_gate: Tensor | None, s_up: Tensor | None, b_gate: Tensor | None, b_up: Tensor | None, act: str,
+) -> str | None:  # fmt: skip
+    reason = gated_linear.supports_tensor_core(x, w_gate, w_up, s_gate, s_up, b_gate, b_up, act)
+    return reason or _norm_digits.reason(x, weight)
+
+
+def run_tensor_core(
+    x: Tensor, weight: Tensor | None, eps: float, unit_offset: bool, cast_first: bool, w_gate: Tensor, w_up: Tensor,
+    s_gate: Tensor | None, s_up: Tensor | None, b_gate: Tensor | None, b_up: Tensor | None, act: str,
+) -> Tensor:  # fmt: skip
+    args = [w_gate, w_up], [s_gate, s_up], [b_gate, b_up], act
+    return rms_norm_linear_group.run_tensor_core(x, weight, eps, unit_offset, cast_first, *args)[0]
 
 
 def supports_each(
@@ -96,6 +112,7 @@ OP = register(
     kernels=[
         Kernel("native", "cpu", supports_native, run_native),
         Kernel("one_row", "cuda", supports_one_row, run_one_row),
+        Kernel("tensor_core", "cuda", supports_tensor_core, run_tensor_core),
         Kernel("each", "cuda", supports_each, run_each),
     ],
 )

@@ -76,10 +76,10 @@ def supports_tensor_core(
 
 def run_tensor_core(
     x: Tensor, weight: Tensor | None, eps: float, unit_offset: bool, cast_first: bool,
-    weights: list[Tensor], scales: list[Tensor | None], biases: list[Tensor | None],
+    weights: list[Tensor], scales: list[Tensor | None], biases: list[Tensor | None], act: str = "",
 ) -> list[Tensor]:  # fmt: skip
     digits = partial(_norm_digits.split, Norm(weight, eps, unit_offset, cast_first))
-    return _gemm.gemm(x, weights, scales, biases, digits=digits)
+    return _gemm.gemm(x, weights, scales, biases, None, act, digits=digits)
 
 
 def supports_each(

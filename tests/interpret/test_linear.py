@@ -78,15 +78,16 @@ def test_group_writes_each_output():
 
 
 @pytest.mark.parametrize("act", ["silu", "gelu", "gelu_tanh", "relu"])
-@pytest.mark.parametrize("int8", [False, True])
-def test_gated(act, int8):
+@pytest.mark.parametrize("int8, M", [(False, 1), (True, 1), (True, 5)])
+def test_gated(act, int8, M):
     torch.manual_seed(0)
-    x = torch.randn(1, K).bfloat16()
+    x = torch.randn(M, K).bfloat16()
     merged, scale = weights(22, torch.int8 if int8 else x.dtype)
     gate, up = merged.chunk(2)
     s_gate, s_up = (None, None) if scale is None else scale.chunk(2)
     biases = torch.randn(11).bfloat16(), torch.randn(11).bfloat16()
-    out = gated_linear.run_gemv(x, gate, up, s_gate, s_up, *biases, act)
+    run = gated_linear.run_gemv if M == 1 else gated_linear.run_tensor_core
+    out = run(x, gate, up, s_gate, s_up, *biases, act)
     given = [linear.dequantize(w, s, x.dtype) for w, s in ((gate, s_gate), (up, s_up))]
     full = [w.double() if s is None else w.double() * s.double()[:, None] for w, s in ((gate, s_gate), (up, s_up))]
     near = gated_linear.reference(x, *given, None, None, *biases, act)
@@ -94,12 +95,12 @@ def test_gated(act, int8):
     assert_as_exact_as_eager("gated_linear", out, near, true)
 
 
-@pytest.mark.parametrize("config", [(2, 16, 16, 64, 2, 4, 1), (3, 16, 16, 64, 2, 4, 2)])
+@pytest.mark.parametrize("config", [(2, 16, 16, 64, 2, 4, 1), (3, 16, 16, 64, 2, 4, 2), (2, 8, 16, 64, 2, 4, 2)])
 def test_tensor_core(config):
     torch.manual_seed(0)
     x = rows(1, 19)
     w, scale, bias, residual = *weights(21, torch.int8), torch.randn(21).bfloat16(), torch.randn(1, 19, 21).bfloat16()
-    (out,) = _gemm.gemm(x, [w], [scale], [bias], residual, config)
+    (out,) = _gemm.gemm(x, [w], [scale], [bias], residual, config=config)
     assert_as_exact_as_eager("linear", out, *(f(x, w, scale, bias, residual) for f in (eager, exact)))
 
 
@@ -110,7 +111,8 @@ def test_tensor_core_group_writes_each_output(sizes, parts):
     x = rows(2, 9)
     pairs = [weights(N, torch.int8) for N in sizes]
     biases = [torch.randn(N).bfloat16() for N in sizes]
-    outs = _gemm.gemm(x, [w for w, _ in pairs], [s for _, s in pairs], biases, None, (3, 16, 16, 64, 2, 4, parts))
+    config = 3, 16, 16, 64, 2, 4, parts
+    outs = _gemm.gemm(x, [w for w, _ in pairs], [s for _, s in pairs], biases, config=config)
     for out, (w, scale), bias in zip(outs, pairs, biases, strict=True):
         assert out.shape == (2, 9, len(w)) and out.is_contiguous()
         assert_as_exact_as_eager("linear_group", out, eager(x, w, scale, bias), exact(x, w, scale, bias))
@@ -127,7 +129,7 @@ def test_not_finite_stays_so():
     x[1, 9] = float("nan")
     w, scale = weights(8, torch.int8)
     assert not linear.run_gemv(x[:1], w, scale, None, None).isfinite().any()
-    assert not _gemm.gemm(x, [w], [scale], [None], None, (2, 16, 16, 64, 2, 4, 1))[0].isfinite().any()
+    assert not _gemm.gemm(x, [w], [scale], [None], config=(2, 16, 16, 64, 2, 4, 1))[0].isfinite().any()
 
 
 def test_views_of_a_merged_weight_and_strided_rows():
