@@ -9,7 +9,6 @@ over the types that run, and the reasons for the others. Exit status 1 if anythi
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import sys
@@ -53,7 +52,7 @@ def summary(made: list[Result]) -> str:
 
 
 def as_json(result: Result) -> dict:
-    fields = dataclasses.asdict(result)
+    fields = dict(vars(result))
     for name in ("sites", "reasons"):
         fields[name] = {" | ".join(key): count for key, count in sorted(fields[name].items())}
     return fields
