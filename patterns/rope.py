@@ -1,6 +1,7 @@
-"""Rotary embedding, ``x * cos + rotate(x) * sin``: on halves (Llama), part of the head (NeoX, Phi) or pairs (GPT-J).
+"""Rotary embedding, ``x * cos + rotate(x) * sin``, of the halves of a head (Llama) or of its front (NeoX, Phi).
 
-Matched when cos and sin have x's dtype and one entry per position for all heads.
+Matched when cos and sin have one entry per position for all heads, x being [B, H, S, D] or [B, S, H, D], and when the
+products are computed in x's dtype or in fp32 and rounded to x's dtype at the end.
 """
 
 import operator
@@ -8,8 +9,9 @@ import operator
 import torch
 
 import tinyfuse.kernels.rope  # noqa: F401
+from tinyfuse.graph import nodes
 from tinyfuse.graph.nodes import same_size
-from tinyfuse.graph.pattern import Check, Pattern, call, one_of, scalar, tensor
+from tinyfuse.graph.pattern import Check, Pattern, call, cast, one_of, scalar, tensor
 
 rope = torch.ops.tinyfuse.rope.default
 x, cos, sin = tensor("x cos sin")
@@ -20,20 +22,39 @@ def part(source, start, stop):
     return call(operator.getitem, source, (Ellipsis, slice(start, stop, None)))
 
 
-def turned(source, rotated):
-    return source * cos + rotated * sin
-
-
 def halves(source):
     return call(torch.cat, [-part(source, half, None), part(source, None, half)], last)
 
 
-one_dtype = Check(
-    lambda m: m.dtype("x") is m.dtype("cos") and m.dtype("x") is m.dtype("sin"), "cos and sin have another dtype than x"
-)
+def turned(source, rotated):
+    """In the dtype W of the products or promoted by cos, rounded to D."""
+    wide = cast(source, "W")
+    other = one_of(rotated(wide), cast(rotated(source), "W"))
+    return cast(wide * cos + other * sin, "D")
+
+
+def swap(tensor):
+    return call(torch.transpose, tensor, 1, 2)
+
+
+def factor(m):
+    """The dtype in which x is multiplied, where the spelling has a place for a cast."""
+    return m.captures.get("W", m.dtype("x"))
+
+
+def products(m):
+    return torch.promote_types(factor(m), m.dtype("cos"))
+
+
+def one_rounding(m):
+    kept = m.D is m.dtype("x") and torch.promote_types(m.D, factor(m)) is factor(m)
+    return kept and m.dtype("cos") is m.dtype("sin") and products(m) in (m.D, torch.float32)
+
+
 rank_4 = Check(
     lambda m: all(m.value(name).dim() == 4 for name in ("x", "cos", "sin")), "its tensors do not have 4 dimensions"
 )
+rounded_once = Check(one_rounding, "it computes in another dtype than x's or fp32, or its result has another than x")
 
 
 def positions(heads_dim):
@@ -43,74 +64,58 @@ def positions(heads_dim):
     )
 
 
+def layouts(name, root, interleaved, where, rotated, dtype=torch.float32, **example):
+    """Patterns for ``root`` of x as [B, H, S, D], of x as [B, S, H, D], and with a transposition after the latter;
+    ``rotated``: how many channels of the example's 8 are turned; ``dtype``: that of the example."""
+
+    def table(m, name):
+        found = m.captures[name]
+        return found if m.dtype(name) is products(m) else call(nodes.cast, found, products(m))
+
+    def plain(m):
+        return call(rope, m.x, table(m, "cos"), table(m, "sin"), interleaved)
+
+    def swapped(m):
+        return call(rope, swap(m.x), swap(table(m, "cos")), swap(table(m, "sin")), interleaved)
+
+    def of(suffix, root, heads_dim, to):
+        sizes = {"x": (2, 3, 5, 8), "cos": (2, 1, 5, rotated), "sin": (2, 1, 5, rotated)}
+        order = (0, heads_dim, 3 - heads_dim, 3)
+        return Pattern(
+            name=name + suffix,
+            stage="lift",
+            roots=(root,),
+            where=(rank_4, rounded_once, positions(heads_dim), where),
+            to=lambda m: [to(m)],
+            example=lambda: (
+                {n: torch.randn([s[i] for i in order]).to(dtype) for n, s in sizes.items()}
+                | {"W": torch.float32, "D": dtype}
+                | example
+            ),
+        )
+
+    return [
+        of("", root, 1, plain),
+        of("_bshd", root, 2, lambda m: swap(swapped(m))),
+        of("_bshd_transposed", swap(root), 2, swapped),
+    ]
+
+
 def split_in_middle(m):
     return m.last == 3 and 2 * m.half == m.shape("cos")[3] == m.shape("sin")[3]
 
 
-def tables(*shape):
-    return {"cos": torch.randn(shape), "sin": torch.randn(shape)}
+two_halves = Check(lambda m: split_in_middle(m) and m.shape("x")[3] == 2 * m.half, "it does not turn two halves")
+front_halves = Check(lambda m: split_in_middle(m) and m.width == 2 * m.half, "it does not turn two halves")
 
-
-rotate_half = Pattern(
-    name="rope",
-    stage="lift",
-    roots=(turned(x, halves(x)),),
-    where=(
-        rank_4,
-        one_dtype,
-        positions(1),
-        Check(lambda m: split_in_middle(m) and m.shape("x")[3] == m.shape("cos")[3], "it does not turn two halves"),
-    ),
-    to=lambda m: [call(rope, m.x, m.cos, m.sin, False)],
-    example=lambda: {"x": torch.randn(2, 3, 5, 8), "half": 4, "last": 3} | tables(2, 1, 5, 8),
-)
-
-front = part(x, None, width)
-partial = Pattern(
-    name="rope_partial",
-    stage="lift",
-    roots=(call(torch.cat, [turned(front, halves(front)), part(x, width, None)], last),),
-    where=(
-        rank_4,
-        one_dtype,
-        positions(1),
-        Check(lambda m: split_in_middle(m) and m.width == m.shape("cos")[3], "it does not turn two halves"),
-    ),
-    to=lambda m: [call(rope, m.x, m.cos, m.sin, False)],
-    example=lambda: {"x": torch.randn(2, 3, 5, 8), "half": 2, "width": 4, "last": 3} | tables(2, 1, 5, 4),
-)
-
-
-def pairs(source):
-    def every_second(start):
-        full = slice(None, None, None)
-        return call(operator.getitem, source, (full, full, full, slice(start, None, 2)))
-
-    stacked = call(torch.stack, [-every_second(1), one_of(every_second(None), every_second(0))], scalar("stack_dim"))
-    return call(torch.flatten, stacked, scalar("flat_dim"), scalar("end_dim"))
-
-
-def interleaved_parts(m):
-    return m.stack_dim in (-1, 4) and m.flat_dim == 3 and m.end_dim == 4
-
-
-def swap(tensor):
-    return call(torch.transpose, tensor, 1, 2)
-
-
-interleaved = Pattern(
-    name="rope_interleaved",
-    stage="lift",
-    roots=(turned(x, pairs(x)),),
-    where=(
-        rank_4,
-        one_dtype,
-        positions(2),
-        Check(
-            lambda m: interleaved_parts(m) and m.shape("x")[3] == m.shape("cos")[3] == m.shape("sin")[3],
-            "it does not turn pairs",
-        ),
-    ),
-    to=lambda m: [swap(call(rope, swap(m.x), swap(m.cos), swap(m.sin), True))],
-    example=lambda: {"x": torch.randn(2, 5, 3, 8), "stack_dim": -1, "flat_dim": 3, "end_dim": 4} | tables(2, 5, 1, 8),
+WHOLE = layouts("rope", turned(x, halves), False, two_halves, 8, half=4, last=3)
+PARTIAL = layouts(
+    "rope_partial",
+    call(torch.cat, [turned(part(x, None, width), halves), part(x, width, None)], last),
+    False,
+    front_halves,
+    4,
+    half=2,
+    width=4,
+    last=3,
 )

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 
 from tests.graphs import Built
+from tinyfuse.graph.normalize import normalize
 from tinyfuse.graph.pattern import call, tensor
-from tinyfuse.graph.tidy import batch_counters, bound_masks, drop_dead, share_common
+from tinyfuse.graph.share import share_common
+from tinyfuse.graph.tidy import batch_counters, bound_masks, drop_dead
 
 x, y = tensor("x y")
 
@@ -32,6 +36,19 @@ def test_an_arange_that_is_written_in_place_is_not_shared() -> None:
     share_common(built.graph)
     assert targets(built).count(torch.arange) == 2
     torch.testing.assert_close(built.run()[0], expected)
+
+
+def test_equal_copies_become_one_unless_one_is_written() -> None:
+    for write in (False, True):
+        first, second = (call(torch.cat, (x, x), 0) for _ in range(2))
+        roots = [call(torch.Tensor.add_, first, 1) if write else first + y, second * y]
+        built = Built(roots, {"x": torch.randn(3, 3), "y": torch.randn(6, 3)})
+        expected, _ = built.run()
+        share_common(built.graph)
+        assert targets(built).count(torch.cat) == 2
+        share_common(built.graph, copies=True)
+        assert targets(built).count(torch.cat) == (2 if write else 1)
+        torch.testing.assert_close(built.run()[0], expected)
 
 
 def counting(step: int, layers: int = 3) -> Built:
@@ -105,3 +122,20 @@ def test_the_bounds_of_a_mask_are_found_once() -> None:
     assert targets(built).count(torch.ops.tinyfuse.mask_bounds.default) == 1
     for got, want in zip(built.run()[0], expected[0], strict=True):
         assert torch.equal(got, want)
+
+
+def test_views_have_one_spelling() -> None:
+    full = slice(None)
+    views = [
+        call(torch.permute, x, (0, 2, 1, 3)),
+        call(operator.getitem, x, (full, full, full, slice(2))),
+        call(torch.permute, x, (0, 2, 3, 1)),
+        call(operator.getitem, x, (full, full, slice(2))),
+    ]
+    built = Built([v + 1 for v in views], {"x": torch.randn(2, 3, 5, 4)})
+    expected, _ = built.run()
+    normalize(built.graph)
+    made = [n for n in built.graph.nodes if n.target in (torch.transpose, torch.permute, operator.getitem)]
+    assert [n.args[1:] for n in made] == [(1, 2), ((..., slice(2)),), ((0, 2, 3, 1),), ((full, full, slice(2)),)]
+    for got, right in zip(built.run()[0], expected, strict=True):
+        torch.testing.assert_close(got, right, rtol=0, atol=0)

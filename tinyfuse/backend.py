@@ -16,7 +16,8 @@ from tinyfuse.graph.library import all_patterns
 from tinyfuse.graph.lower import lower
 from tinyfuse.graph.normalize import normalize
 from tinyfuse.graph.rewrite import rewrite
-from tinyfuse.graph.tidy import batch_counters, bound_masks, drop_dead, share_common
+from tinyfuse.graph.share import share_common
+from tinyfuse.graph.tidy import batch_counters, bound_masks, drop_dead
 from tinyfuse.report import account
 
 MODES = (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")

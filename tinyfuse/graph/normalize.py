@@ -4,6 +4,7 @@ Nodes are changed in place, so a node of the original graph and its normal form 
 
 * methods and operators become ``torch`` functions, keyword arguments become positional, defaults are filled in;
 * dtype conversions become ``cast(x, dtype)``; ``view`` becomes ``reshape``; dims become non-negative;
+* a permutation that swaps two dims becomes ``transpose``; ``x[:, :, a:b]`` of three dims becomes ``x[..., a:b]``;
 * conversions to the same dtype, contiguous() of a contiguous tensor, reshapes and expands to the same
   shape, dropout in evaluation and API logging vanish.
 
@@ -38,7 +39,7 @@ _FUNCTIONS: dict[Callable, Callable] = {
     torch.divide: torch.div, torch.subtract: torch.sub, torch.nn.functional.sigmoid: torch.sigmoid,
     torch.nn.functional.tanh: torch.tanh, torch.nn.functional.softmax: torch.softmax, torch.relu: F.relu,
     torch.swapaxes: torch.transpose, torch.concat: torch.cat, torch.layer_norm: F.layer_norm, F.gelu: gelu,
-    F.scaled_dot_product_attention: sdpa,
+    F.scaled_dot_product_attention: sdpa, torch.rms_norm: F.rms_norm,
 }  # fmt: skip
 _REQUIRED = object()
 # Parameter names and defaults of the canonical functions; a call with other arguments is left as it is.
@@ -123,7 +124,20 @@ def _canonical_call(node: Node) -> None:
             target = torch.softmax
     args = _positional(target, node)
     if args is not None:
-        _become(node, target, args)
+        _become(node, *_shorter(target, args))
+
+
+def _shorter(target: Callable, args: tuple) -> tuple[Callable, tuple]:
+    """The shorter of two spellings of one view."""
+    if target is torch.permute and all(isinstance(d, int) for d in args[1]):
+        order = [_positive_dim(d, args[0]) for d in args[1]]
+        moved = [place for place, dim in enumerate(order) if place != dim]
+        return (torch.transpose, (args[0], *moved)) if len(moved) == 2 else (target, (args[0], tuple(order)))
+    if target is operator.getitem and isinstance(args[1], tuple) and len(args[1]) == value(args[0]).dim():
+        *others, last = args[1]
+        if isinstance(last, slice) and all(isinstance(i, slice) and i == slice(None) for i in others):
+            return target, (args[0], (Ellipsis, last))
+    return target, args
 
 
 def _positional(target: Callable, node: Node) -> tuple | None:

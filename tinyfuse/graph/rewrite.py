@@ -20,6 +20,7 @@ from torch.fx.node import map_arg
 
 from tinyfuse.graph.nodes import cast, is_tensor, storage, value, writes
 from tinyfuse.graph.pattern import Binding, Call, Capture, Cast, Expr, Match, Pattern, children, match
+from tinyfuse.graph.share import share_common
 from tinyfuse.op import OPS, Op
 
 
@@ -42,11 +43,13 @@ class Outcome:
 
 
 def rewrite(graph: Graph, patterns: Sequence[Pattern]) -> Outcome:
-    """Apply ``patterns`` stage by stage, the largest first, until none of them matches."""
+    """Apply ``patterns`` stage by stage, the largest first, until none of them matches; what rewriting made alike at
+    several sites is shared before the next stage looks at it."""
     outcome = Outcome()
     for stage in ("lift", "fuse"):
         for pattern in sorted((p for p in patterns if p.stage == stage), key=lambda p: (-p.size, p.name)):
             _apply(graph, pattern, outcome)
+        share_common(graph, copies=True)
     return outcome
 
 

@@ -1,4 +1,4 @@
-"""Small rewrites that are no pattern: shared views, dead nodes, what all layers compute alike."""
+"""Small rewrites that are no pattern: dead nodes, what all layers compute alike."""
 
 from __future__ import annotations
 
@@ -11,48 +11,27 @@ from torch.fx import Graph, Node
 import tinyfuse.kernels.mask_bounds
 import tinyfuse.kernels.rope_append_attention
 import tinyfuse.kernels.step_counters  # noqa: F401
-from tinyfuse.graph.nodes import is_tensor, storage, value, writes
+from tinyfuse.graph.nodes import is_tensor, storage, value
 from tinyfuse.graph.rewrite import run_fake
-
-_VIEWS = {torch.transpose, torch.unsqueeze, torch.permute, torch.Tensor.expand}
-
-
-def share_common(graph: Graph) -> None:
-    """Let equal views, and equal ``arange`` results that nothing writes, be one node."""
-    written = _written(graph)
-    seen: dict[Any, Node] = {}
-    for node in list(graph.nodes):
-        if node.op != "call_function":
-            continue
-        constant = node.target is torch.arange and storage(node) not in written
-        if not constant and not (node.target in _VIEWS and is_tensor(node.args[0])):
-            continue
-        first = seen.setdefault((node.target, node.args, tuple(node.kwargs.items())), node)
-        if first is not node:
-            node.replace_all_uses_with(first)
-            graph.erase_node(node)
-
-
-def _written(graph: Graph) -> set[Any]:
-    return {storage(w) for node in graph.nodes for w in writes(node)}
+from tinyfuse.graph.share import VIEWS, written
 
 
 def drop_dead(graph: Graph) -> None:
     """Erase views, ``arange`` calls and tuple items without users, which rewriting leaves behind."""
     for node in reversed(graph.nodes):
-        if not node.users and node.target in (*_VIEWS, torch.reshape, torch.arange, operator.getitem):
+        if not node.users and node.target in (*VIEWS, torch.reshape, torch.arange, operator.getitem):
             graph.erase_node(node)
 
 
 def bound_masks(graph: Graph, device: str = "cuda") -> None:
     """Find out once where a decode step's bool mask begins and ends, not in every layer's attention; CPU kernels have
     no use for it."""
-    attention, bounds, written = torch.ops.tinyfuse.rope_append_attention.default, {}, _written(graph)
+    attention, bounds, unstable = torch.ops.tinyfuse.rope_append_attention.default, {}, written(graph)
     for node in list(graph.nodes):
         mask = node.args[9] if node.target is attention else None
         if mask is None or not _one_row_each(value(mask), value(node.args[0]), device):
             continue
-        if storage(mask) in written:
+        if storage(mask) in unstable:
             continue
         if mask not in bounds:
             with graph.inserting_before(node):
