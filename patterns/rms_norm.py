@@ -2,13 +2,14 @@
 
 Llama and most others round the normalised value to the model's dtype and then multiply by the weight; Gemma
 (``1 + w``) and OLMo 2 multiply in fp32 and round once; some have no weight. ``x * rsqrt(v)`` is also written
-``x * pow(v, -0.5)`` and ``x / sqrt(v)``.
+``x * pow(v, -0.5)`` and ``x / sqrt(v)``. ``F.rms_norm`` rounds once, as OLMo 2 does.
 """
 
 import torch
+import torch.nn.functional as F
 
 import tinyfuse.kernels.rms_norm  # noqa: F401
-from tinyfuse.graph.pattern import Check, Pattern, call, cast, one_of, scalar, tensor
+from tinyfuse.graph.pattern import Check, Pattern, anything, call, cast, one_of, optional, scalar, tensor
 
 rms_norm = torch.ops.tinyfuse.rms_norm.default
 
@@ -83,4 +84,17 @@ plain = Pattern(
     where=(over_last, same_dtype, floating),
     to=lambda m: [call(rms_norm, m.x, None, m.eps, False, True)],
     example=example,
+)
+gain, over = optional("gain"), anything("over")
+stock = Pattern(
+    name="rms_norm_stock",
+    stage="lift",
+    roots=(call(F.rms_norm, x, over, gain, eps),),
+    where=(
+        Check(lambda m: len(m.over) == 1, "it normalises over more than the last dimension"),
+        Check(lambda m: m.gain is None or m.dtype("gain") is m.dtype("x"), "its weight has another dtype"),
+        floating,
+    ),
+    to=lambda m: [call(rms_norm, m.x, m.gain, m.eps, False, False)],
+    example=lambda: example(gain=torch.randn(24).bfloat16(), over=(24,)),
 )
