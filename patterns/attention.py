@@ -1,4 +1,4 @@
-"""Attention: SDPA with every argument, ``repeat_kv`` absorbed, and softmax between matmuls."""
+"""Attention: SDPA with every argument, ``repeat_kv`` absorbed."""
 
 import math
 import operator
@@ -7,7 +7,7 @@ import torch
 
 import tinyfuse.kernels.attention  # noqa: F401
 from tinyfuse.graph.nodes import same_size, sdpa, value
-from tinyfuse.graph.pattern import Check, Pattern, anything, call, cast, one_of, optional, scalar, tensor
+from tinyfuse.graph.pattern import Check, Pattern, anything, call, optional, tensor
 
 attention = torch.ops.tinyfuse.attention.default
 q, k, v = tensor("q k v")
@@ -86,46 +86,3 @@ repeat_kv = Pattern(
     to=fused,
     example=grouped_example,
 )
-
-
-bias, factor = tensor("bias"), scalar("factor")
-SCALINGS = {
-    "plain": (lambda scores: scores, lambda m: 1.0),
-    "times": (lambda scores: scores * factor, lambda m: m.factor),
-    "over": (lambda scores: scores / factor, lambda m: 1.0 / m.factor),
-}
-
-
-def one_dtype(m):
-    return len({m.D, *(m.dtype(name) for name in ("q", "k", "v", "bias") if name in m.captures)}) == 1
-
-
-def equal_heads(m):
-    return same_size(m.shape("q")[1], m.shape("k")[1]) and same_size(m.shape("k")[1], m.shape("v")[1])
-
-
-def between_matmuls(scaling, masked, grouped):
-    """``softmax(scaled q k^T [+ bias]) v``, the softmax in fp32 or in the model's dtype."""
-    scaled, factor_of = SCALINGS[scaling]
-    keys, values = (repeated(k, "k"), repeated(v, "v")) if grouped else (k, v)
-    scores = scaled(call(torch.matmul, q, call(torch.transpose, keys, 2, 3)))
-    scores = scores + bias if masked else scores
-    weights = cast(call(torch.softmax, scores, 3, one_of(None, torch.float32)), "D")
-    return Pattern(
-        name="_".join(["softmax", scaling, *["masked"] * masked, *["repeat_kv"] * grouped]),
-        stage="lift",
-        roots=(call(torch.matmul, weights, values),),
-        where=(
-            rank_4,
-            Check(one_dtype, "q, k, v, weights and mask differ in dtype"),
-            Check(heads_repeat if grouped else equal_heads, "its key and value heads are not merely repeated"),
-        ),
-        to=lambda m: [call(attention, m.q, m.k, m.v, m.captures.get("bias"), factor_of(m), False)],
-        example=lambda: (
-            (grouped_example() if grouped else example())
-            | {"bias": torch.randn(2, 1, 5, 7), "factor": 0.3, "D": torch.float32}
-        ),
-    )
-
-
-SOFTMAX = [between_matmuls(s, m, g) for s in SCALINGS for m in (True, False) for g in (True, False)]

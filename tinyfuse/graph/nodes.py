@@ -33,6 +33,16 @@ def sdpa(q, k, v, mask, dropout_p: float, is_causal: bool, scale: float | None, 
     return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
 
+def baddbmm(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, beta: float, alpha: float) -> torch.Tensor:
+    """``torch.baddbmm`` with its keyword arguments in place."""
+    return torch.baddbmm(x, a, b, beta=beta, alpha=alpha)
+
+
+def max_along(x: torch.Tensor, dim: int, keepdim: bool) -> torch.Tensor:
+    """``torch.max`` along a dim, values and indices."""
+    return torch.max(x, dim, keepdim)
+
+
 def value(node: Any) -> Any:
     """The example value of a node: a fake tensor, a (Sym)int/float, a tuple of them; constants stand for themselves."""
     return node.meta.get("example_value") if isinstance(node, Node) else node

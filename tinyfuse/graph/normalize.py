@@ -21,12 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Graph, Node
 
-from tinyfuse.graph.nodes import cast, gelu, is_static, is_tensor, same_shape, sdpa, value
+from tinyfuse.graph.nodes import baddbmm, cast, gelu, is_static, is_tensor, max_along, same_shape, sdpa, value
 
 _METHODS: dict[str, Callable] = {
     "add": torch.add, "sub": torch.sub, "mul": torch.mul, "div": torch.div, "neg": torch.neg, "pow": torch.pow,
     "square": torch.square, "rsqrt": torch.rsqrt, "sqrt": torch.sqrt, "mean": torch.mean, "sigmoid": torch.sigmoid,
     "tanh": torch.tanh, "cos": torch.cos, "sin": torch.sin, "matmul": torch.matmul, "bmm": torch.bmm,
+    "baddbmm": baddbmm, "max": max_along,
     "softmax": torch.softmax, "view": torch.reshape, "reshape": torch.reshape, "transpose": torch.transpose,
     "permute": torch.permute, "unsqueeze": torch.unsqueeze, "squeeze": torch.squeeze, "flatten": torch.flatten,
     "chunk": torch.chunk, "split": torch.split, "expand": torch.Tensor.expand,
@@ -39,7 +40,8 @@ _FUNCTIONS: dict[Callable, Callable] = {
     torch.divide: torch.div, torch.subtract: torch.sub, torch.nn.functional.sigmoid: torch.sigmoid,
     torch.nn.functional.tanh: torch.tanh, torch.nn.functional.softmax: torch.softmax, torch.relu: F.relu,
     torch.swapaxes: torch.transpose, torch.concat: torch.cat, torch.layer_norm: F.layer_norm, F.gelu: gelu,
-    F.scaled_dot_product_attention: sdpa, torch.rms_norm: F.rms_norm,
+    F.scaled_dot_product_attention: sdpa, torch.rms_norm: F.rms_norm, torch.baddbmm: baddbmm,
+    torch.max: max_along,
 }  # fmt: skip
 _REQUIRED = object()
 # Parameter names and defaults of the canonical functions; a call with other arguments is left as it is.
@@ -60,6 +62,8 @@ _SIGNATURES: dict[Callable, dict[str, Any]] = {
     torch.flatten: {"input": _REQUIRED, "start_dim": 0, "end_dim": -1},
     torch.repeat_interleave: {"input": _REQUIRED, "repeats": _REQUIRED, "dim": None},
     torch.addmm: {"input": _REQUIRED, "mat1": _REQUIRED, "mat2": _REQUIRED},
+    baddbmm: {"input": _REQUIRED, "batch1": _REQUIRED, "batch2": _REQUIRED, "beta": 1, "alpha": 1},
+    max_along: {"input": _REQUIRED, "dim": _REQUIRED, "keepdim": False},
     F.linear: {"input": _REQUIRED, "weight": _REQUIRED, "bias": None},
     gelu: {"input": _REQUIRED, "approximate": "none"},
     F.silu: {"input": _REQUIRED, "inplace": False},
@@ -83,7 +87,7 @@ _DTYPE_METHODS = {
 _SHAPE_ARGS = {torch.reshape, torch.permute, torch.Tensor.expand}
 _DIM_ARGS = {
     torch.mean: (1,), torch.softmax: (1,), torch.transpose: (1, 2), torch.chunk: (2,), torch.split: (2,),
-    torch.flatten: (1, 2), torch.cat: (1,),
+    torch.flatten: (1, 2), torch.cat: (1,), max_along: (1,),
 }  # fmt: skip
 
 
@@ -168,6 +172,8 @@ def _positional(target: Callable, node: Node) -> tuple | None:
     if bound.pop("inplace", False):
         return None
     filled = list(bound.values())
+    if target is max_along and not isinstance(bound["dim"], int):
+        return None  # of all elements, or of two tensors
     for position in _DIM_ARGS.get(target, ()):
         filled[position] = _positive_dim(filled[position], filled[0])
     if target is torch.transpose and all(isinstance(d, int) for d in filled[1:]):

@@ -9,14 +9,14 @@ from torch.fx import Graph, Node
 
 from tinyfuse.graph.nodes import cast, is_tensor, storage, writes
 
-VIEWS = {torch.transpose, torch.unsqueeze, torch.permute, torch.Tensor.expand, torch.real, torch.imag}
-_COPIES = {torch.cat, torch.repeat_interleave, cast}
+VIEWS = {torch.transpose, torch.unsqueeze, torch.permute, torch.Tensor.expand, torch.unflatten, torch.real, torch.imag}
+_COPIES = {torch.add, torch.cat, torch.repeat_interleave, cast}
 
 
 def share_common(graph: Graph, copies: bool = False) -> None:
     """Let equal views, and equal ``arange`` results that nothing writes, be one node; with ``copies`` also what is
-    copied alike, as the tables of a rotary embedding are for every layer, where nothing writes the source or the
-    result."""
+    computed alike for every layer, as rotary tables and masks with a bias are, where nothing writes the source or
+    the result and the graph does not return it."""
     unstable = written(graph)
     seen: dict[Any, Node] = {}
     for node in list(graph.nodes):
@@ -32,7 +32,8 @@ def _shareable(node: Node, unstable: set[Any], copies: bool) -> bool:
     if node.target in VIEWS:
         return is_tensor(node.args[0])
     if node.target is torch.arange or (copies and node.target in _COPIES):
-        return not any(storage(n) in unstable for n in (node, *node.all_input_nodes))
+        returned = any(user.op == "output" for user in node.users)
+        return not returned and not any(storage(n) in unstable for n in (node, *node.all_input_nodes))
     return False
 
 

@@ -1,0 +1,80 @@
+"""Attention with a sink: a learned score per head that takes part in the softmax and brings no value (gpt-oss).
+
+    softmax([scale q k^T + bias, sink]) without its last column, times v
+
+The sink is one more key, of zeros, whose bias is the sink and whose value is zero. The largest score may be taken off
+before the softmax, which changes nothing but the range.
+"""
+
+import operator
+
+import torch
+import torch.nn.functional as F
+
+from tinyfuse.graph.nodes import same_size
+from tinyfuse.graph.pattern import Check, Pattern, anything, call, cast, scalar, tensor
+from tinyfuse.patterns.attention import (
+    attention,
+    example,
+    grouped_example,
+    heads_repeat,
+    k,
+    q,
+    rank_4,
+    repeated,
+    v,
+)
+from tinyfuse.patterns.attention_softmax import equal_heads, shifted
+
+bias, sinks = tensor("bias sinks")
+factor, inside = scalar("factor"), anything("inside")
+
+
+def with_one_more_key(m):
+    padding = (0, 0, 0, 1)
+    heads = call(torch.Tensor.expand, m.bias, (-1, m.shape("q")[1], -1, -1))
+    mask = call(torch.cat, (heads, m.sinks), 3)
+    return [call(attention, m.q, call(F.pad, m.k, padding), call(F.pad, m.v, padding), mask, m.factor, False)]
+
+
+def one_dtype(m):
+    alike = len({m.D, *(m.dtype(name) for name in ("q", "k", "v", "bias", "sinks"))}) == 1
+    return alike and m.inside in (None, m.D, torch.float32)
+
+
+def fits(m):
+    """The mask is that of each sequence for all heads, the sink one score per row."""
+    mask, sink, (batch, heads) = m.shape("bias"), m.shape("sinks"), m.shape("q")[:2]
+    one_sink = len(sink) == 4 and same_size(sink[3], 1) and same_size(sink[0], batch) and isinstance(heads, int)
+    return one_sink and len(mask) == 4 and same_size(mask[0], batch) and same_size(mask[1], 1)
+
+
+def pattern(of_scores, grouped, name):
+    keys, values = (repeated(k, "k"), repeated(v, "v")) if grouped else (k, v)
+    scores = call(torch.matmul, q, call(torch.transpose, keys, 2, 3)) * factor + bias
+    weights = call(torch.softmax, of_scores(call(torch.cat, (scores, sinks), 3)), 3, inside)
+    kept = call(operator.getitem, cast(weights, "D"), (Ellipsis, slice(None, -1, None)))
+    return Pattern(
+        name=name,
+        stage="lift",
+        roots=(call(torch.matmul, kept, values),),
+        where=(
+            rank_4,
+            Check(one_dtype, "q, k, v, weights, mask and sink differ in dtype"),
+            Check(heads_repeat if grouped else equal_heads, "its key and value heads are not merely repeated"),
+            Check(fits, "its mask is not [batch, 1, queries, keys], or its sink not [batch, heads, queries, 1]"),
+        ),
+        to=with_one_more_key,
+        example=lambda: (
+            (grouped_example() if grouped else example())
+            | {"bias": torch.randn(2, 1, 5, 7), "sinks": torch.randn(1, 6, 1, 1).expand(2, 6, 5, 1)}
+            | {"factor": 0.3, "inside": torch.float32, "D": torch.float32}
+        ),
+    )
+
+
+SINKS = [
+    pattern(of_scores, grouped, f"attention_{name}{'_repeat_kv' * grouped}")
+    for name, of_scores in (("sink", lambda scores: scores), ("sink_shifted", shifted))
+    for grouped in (True, False)
+]

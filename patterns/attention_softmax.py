@@ -1,0 +1,93 @@
+"""Attention as products around a softmax in fp32 or in the model's dtype, ``softmax(scale q k^T + bias) v``.
+
+The scores may be computed in fp32 (GPT-J), divided after the bias is added (CodeGen), filled where hidden (MPT), or
+lowered by the largest, which changes nothing but their range (MiMo-V2).
+"""
+
+import operator
+
+import torch
+
+from tinyfuse.graph import nodes
+from tinyfuse.graph.nodes import same_size
+from tinyfuse.graph.pattern import Check, Pattern, call, cast, one_of, scalar, tensor
+from tinyfuse.patterns.attention import (
+    attention,
+    example,
+    grouped_example,
+    heads_repeat,
+    k,
+    q,
+    rank_4,
+    repeated,
+    v,
+)
+
+bias, hidden, factor, fill = *tensor("bias hidden"), *scalar("factor fill")
+NEVER = -1e30  # added to a score in fp32, nothing of the score is left
+
+
+def filled(scores):
+    return call(torch.masked_fill, scores * factor + bias, hidden, fill)
+
+
+def shifted(scores):
+    return scores - call(operator.getitem, call(nodes.max_along, scores, 3, True), 0)
+
+
+# What becomes of the scores; the scale and the bias of the attention that it is.
+FORMS = {
+    "plain": (lambda scores: scores, lambda m: 1.0, lambda m: None),
+    "times": (lambda scores: scores * factor, lambda m: m.factor, lambda m: None),
+    "over": (lambda scores: scores / factor, lambda m: 1.0 / m.factor, lambda m: None),
+    "plain_masked": (lambda scores: scores + bias, lambda m: 1.0, lambda m: m.bias),
+    "times_masked": (lambda scores: scores * factor + bias, lambda m: m.factor, lambda m: m.bias),
+    "over_masked": (lambda scores: scores / factor + bias, lambda m: 1.0 / m.factor, lambda m: m.bias),
+    "times_masked_shifted": (
+        lambda scores: shifted(scores * factor + bias),
+        lambda m: m.factor,
+        lambda m: m.bias,
+    ),
+    "masked_over": (
+        lambda scores: (scores + bias) / factor,
+        lambda m: 1.0 / m.factor,
+        lambda m: call(torch.div, m.bias, m.factor),
+    ),
+    "times_masked_filled": (filled, lambda m: m.factor, lambda m: call(torch.masked_fill, m.bias, m.hidden, m.fill)),
+}
+
+
+def one_dtype(m):
+    alike = len({m.D, *(m.dtype(name) for name in ("q", "k", "v", "bias") if name in m.captures)}) == 1
+    return alike and m.S in (m.D, torch.float32) and torch.promote_types(m.D, m.S) is m.S
+
+
+def equal_heads(m):
+    return same_size(m.shape("q")[1], m.shape("k")[1]) and same_size(m.shape("k")[1], m.shape("v")[1])
+
+
+def between_matmuls(form, grouped):
+    of_scores, scale, mask = FORMS[form]
+    keys, values = (repeated(k, "k"), repeated(v, "v")) if grouped else (k, v)
+    scores = call(torch.matmul, cast(q, "S"), call(torch.transpose, cast(keys, "S"), 2, 3))
+    weights = cast(call(torch.softmax, of_scores(scores), 3, one_of(None, torch.float32)), "D")
+    return Pattern(
+        name="_".join(["attention_softmax", form, *["repeat_kv"] * grouped]),
+        stage="lift",
+        roots=(call(torch.matmul, weights, values),),
+        where=(
+            rank_4,
+            Check(one_dtype, "q, k, v, weights and mask differ in dtype"),
+            Check(heads_repeat if grouped else equal_heads, "its key and value heads are not merely repeated"),
+            Check(lambda m: m.captures.get("fill", NEVER) <= NEVER, "what it hides keeps a part of its score"),
+        ),
+        to=lambda m: [call(attention, m.q, m.k, m.v, mask(m), scale(m), False)],
+        example=lambda: (
+            (grouped_example() if grouped else example())
+            | {"bias": torch.randn(2, 1, 5, 7), "hidden": torch.rand(2, 1, 5, 7) < 0.3, "fill": -3e38}
+            | {"factor": 0.3, "S": torch.float32, "D": torch.float32}
+        ),
+    )
+
+
+SOFTMAX = [between_matmuls(form, grouped) for form in FORMS for grouped in (True, False)]
