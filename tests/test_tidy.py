@@ -139,3 +139,17 @@ def test_views_have_one_spelling() -> None:
     assert [n.args[1:] for n in made] == [(1, 2), ((..., slice(2)),), ((0, 2, 3, 1),), ((full, full, slice(2)),)]
     for got, right in zip(built.run()[0], expected, strict=True):
         torch.testing.assert_close(got, right, rtol=0, atol=0)
+
+
+def test_an_unused_result_of_several_vanishes() -> None:
+    best = call(torch.max, x, 1, True)
+    values, where = (call(operator.getitem, best, i) for i in range(2))
+    for outputs, items in ([values + 1], 1), ([values + 1, where + 1], 2):
+        built = Built(outputs, {"x": torch.randn(2, 3)}, [where])
+        output = next(n for n in built.graph.nodes if n.op == "output")
+        output.args = (output.args[0][: len(outputs)],)
+        expected, _ = built.run()
+        normalize(built.graph)
+        assert targets(built).count(operator.getitem) == items
+        for got, right in zip(built.run()[0], expected, strict=True):
+            torch.testing.assert_close(got, right, rtol=0, atol=0)

@@ -6,7 +6,7 @@ Nodes are changed in place, so a node of the original graph and its normal form 
 * dtype conversions become ``cast(x, dtype)``; ``view`` becomes ``reshape``; dims become non-negative;
 * a permutation that swaps two dims becomes ``transpose``; ``x[:, :, a:b]`` of three dims becomes ``x[..., a:b]``;
 * conversions to the same dtype, contiguous() of a contiguous tensor, reshapes and expands to the same
-  shape, dropout in evaluation and API logging vanish.
+  shape, dropout in evaluation, API logging and items of a tuple that nothing uses vanish.
 
 Everything else stays as it was.
 """
@@ -96,7 +96,7 @@ def normalize(graph: Graph) -> None:
     for node in list(graph.nodes):
         if node.op not in ("call_function", "call_method"):
             continue
-        if node.target is torch._C._log_api_usage_once:
+        if node.target is torch._C._log_api_usage_once or _is_unused_item(node):
             graph.erase_node(node)
             continue
         _canonical_call(node)
@@ -104,6 +104,11 @@ def normalize(graph: Graph) -> None:
         if source is not None:
             node.replace_all_uses_with(source)
             graph.erase_node(node)
+
+
+def _is_unused_item(node: Node) -> bool:
+    """One of several results that nobody asks for, such as where a maximum is."""
+    return node.target is operator.getitem and not node.users and isinstance(value(node.args[0]), (tuple, list))
 
 
 def _canonical_call(node: Node) -> None:
