@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tinyfuse.kernels._triton import jit, pdl, tl, triton
+from tinyfuse.kernels._triton import jit, pdl, rehearsing, start, tl, triton
 from tinyfuse.kernels.rope import table_strides
 
 MASK_NONE, MASK_BOOL, MASK_FLOAT = 0, 1, 2
@@ -374,6 +374,8 @@ _counters: dict[tuple[torch.device, int, int], list[Tensor]] = {}
 
 def counters(device: torch.device, splits: int, count: int) -> Tensor | None:
     """At least ``count`` counters, or None where a capture would make them part of its graph."""
+    if rehearsing():
+        return torch.zeros(count, dtype=torch.int64, device=device)
     on_gpu = device.type == "cuda"
     stream = torch.cuda.current_stream(device).cuda_stream if on_gpu else 0
     made = _counters.setdefault((device, stream, splits), [])
@@ -436,7 +438,8 @@ def decode(
     if split and (merge_rows * block_dv << steps) <= MERGED:
         counted = counters(q.device, p.splits, kv_heads * B * row_blocks)
     merge = (0, 0) if counted is None else (merge_rows, steps)
-    _decode[(p.splits, kv_heads, B * row_blocks)](
+    start(
+        _decode, (p.splits, kv_heads, B * row_blocks),
         q, k, v, mask, bounds, out, partial, stats, counted, *(new[:5] if new else (None,) * 5),
         scale * 1.4426950408889634, H, Sq, Skv, p.splits,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *strides, *_strides_of_new(new),
@@ -447,5 +450,5 @@ def decode(
     )  # fmt: skip
     if split and counted is None:
         options["num_warps"] = 2 if block_dv << steps <= 8192 else 4  # 8 cost 2 µs
-        _combine[(rows,)](out, partial, stats, p.splits, DV, block_dv, steps, ahead, **options)
+        start(_combine, (rows,), out, partial, stats, p.splits, DV, block_dv, steps, ahead, **options)
     return out.transpose(1, 2)

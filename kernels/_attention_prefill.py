@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from tinyfuse.kernels._attention_decode import MAX_ROWS, decode, mask_kind, mask_strides, to_log2
-from tinyfuse.kernels._triton import jit, tl, triton
+from tinyfuse.kernels._triton import jit, rehearsing, start, tl, triton
 
 
 class Plan(NamedTuple):
@@ -201,7 +201,7 @@ def block_map(mask: Tensor, size: tuple[int, int, int, int], p: Plan) -> BlockMa
     Inference tensors have no counter, and a captured graph must hold the pass: both always compute.
     """
     on_gpu = mask.is_cuda
-    if mask.is_inference() or (on_gpu and torch.cuda.is_current_stream_capturing()):
+    if rehearsing() or mask.is_inference() or (on_gpu and torch.cuda.is_current_stream_capturing()):
         return _make_map(mask, size, p)
     stream = torch.cuda.current_stream(mask.device).cuda_stream if on_gpu else 0
     storage = mask.untyped_storage()
@@ -222,9 +222,8 @@ def _make_map(mask: Tensor, size: tuple[int, int, int, int], p: Plan) -> BlockMa
     tiles = torch.empty((*shape, blocks), dtype=torch.int8, device=mask.device)
     columns = torch.empty((*shape, Skv), dtype=torch.bool, device=mask.device)
     per_program = 256 // p.block_n
-    _map[(shape[2], triton.cdiv(blocks, per_program), shape[0] * shape[1])](
-        mask, tiles, columns, *strides, shape[1], Sq, Skv, p.block_m, p.block_n, per_program, num_warps=8
-    )
+    grid = shape[2], triton.cdiv(blocks, per_program), shape[0] * shape[1]
+    start(_map, grid, mask, tiles, columns, *strides, shape[1], Sq, Skv, p.block_m, p.block_n, per_program, num_warps=8)
     return BlockMap(tiles, columns)
 
 
@@ -246,7 +245,8 @@ def prefill(
         heads, blocks = tiles.shape[1:3]
         map_b, map_h = 0 if tiles.shape[0] == 1 else heads * blocks, 0 if heads == 1 else blocks
     out = torch.empty((B, Sq, H, DV), dtype=q.dtype, device=q.device)
-    _prefill[(triton.cdiv(Sq, p.block_m), H, B)](
+    start(
+        _prefill, (triton.cdiv(Sq, p.block_m), H, B),
         q, k, v, mask, tiles, columns, out, scale * 1.4426950408889634, Sq, Skv,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *mask_strides(mask), map_b, map_h,
         H // k.shape[1], D, DV, block_d, block_dv, p.block_m, p.block_n, p.stages, p.edge_stages,

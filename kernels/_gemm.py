@@ -26,7 +26,7 @@ Config = tuple[int, int, int, int, int, int, int]
 MOST_ROWS = 256  # beyond, expanding the weight and cuBLAS are faster
 
 
-@jit(do_not_specialize=["tiles"])
+@jit(do_not_specialize=["rows", "tiles"])
 def _split(x, out, scale, stride, rows, tiles, K, DIGITS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """Row ``program_id(0)`` of x as its digits, [DIGITS, rows, K], and its scale."""
     row = tl.program_id(0).to(tl.int64)

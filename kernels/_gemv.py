@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinyfuse.kernels._triton import Launch, interpreted, jit, pdl, tl, triton
+from tinyfuse.kernels._triton import Launch, aligned, interpreted, jit, pdl, tl, triton
 from tinyfuse.kernels.gated_act import activate
 
 
@@ -289,7 +289,7 @@ def rows(x: Tensor) -> Tensor:
     x = x.reshape(-1, x.shape[-1])
     return (
         x
-        if x.stride(1) == 1 and x.stride(0) % 16 == 0 and not x.data_ptr() & 15
+        if x.stride(1) == 1 and x.stride(0) % 16 == 0 and aligned(x)
         else x.clone(memory_format=torch.contiguous_format)
     )
 

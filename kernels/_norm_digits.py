@@ -13,7 +13,7 @@ from tinyfuse.kernels._rows import MAX_BLOCK, Norm
 from tinyfuse.kernels._triton import Launch, jit, pdl, tl, triton
 
 
-@jit(do_not_specialize=["tiles"])
+@jit(do_not_specialize=["rows", "tiles"])
 def _norm_split(
     x, weight, out, scale, stride, rows, tiles, eps, K: tl.constexpr, DIGITS: tl.constexpr, BLOCK: tl.constexpr,
     UNIT_OFFSET: tl.constexpr, CAST_FIRST: tl.constexpr, PDL: tl.constexpr,

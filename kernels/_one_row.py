@@ -17,7 +17,7 @@ from tinyfuse.kernels import _rows
 from tinyfuse.kernels._gemm import Split, digit_count, split
 from tinyfuse.kernels._gemv import pick, three
 from tinyfuse.kernels._rows import Norm
-from tinyfuse.kernels._triton import Launch, interpreted, jit, pdl, tl, triton
+from tinyfuse.kernels._triton import Launch, aligned, interpreted, jit, pdl, tl, triton
 from tinyfuse.kernels.gated_act import activate
 
 
@@ -218,7 +218,7 @@ def one_row(
     ``digits`` of x, or of what they make of x."""
     lead, k = x.shape[:-1], x.shape[-1]
     x = x.reshape(k)
-    if x.stride(0) != 1 or x.data_ptr() & 15:
+    if x.stride(0) != 1 or not aligned(x):
         x = x.clone(memory_format=torch.contiguous_format)
     int8 = weights[0].dtype == torch.int8
     sizes = tuple([w.shape[0] for w in weights])

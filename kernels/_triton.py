@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -36,6 +40,38 @@ def pdl(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+_rehearsing: ContextVar[bool] = ContextVar("rehearsing", default=False)
+
+
+def rehearsing() -> bool:
+    """Whether launches compile and do nothing else, and tensors have no memory."""
+    return _rehearsing.get()
+
+
+@contextmanager
+def rehearsal() -> Iterator[None]:
+    """Kernels that are launched inside, on fake tensors, are compiled side by side; one that cannot be is left to its
+    first real launch. Nothing may keep a tensor that it makes inside."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+        token = _rehearsing.set(True)
+        try:
+            yield
+        finally:
+            _rehearsing.reset(token)
+
+
+def start(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> Any:
+    """Launch ``kernel``, or compile it for arguments that begin at multiples of 16 bytes."""
+    if not rehearsing():
+        return kernel[grid](*args, **options)
+    return kernel.warmup(*[a.dtype if isinstance(a, torch.Tensor) else a for a in args], grid=grid, **options)
+
+
+def aligned(x: torch.Tensor) -> bool:
+    """Whether x begins at a multiple of 16 bytes."""
+    return rehearsing() or not x.data_ptr() & 15
+
+
 class Launch:
     """A kernel bound to everything but its tensors, which come first in its signature and keep dtypes and device.
 
@@ -53,6 +89,9 @@ class Launch:
         self.device = 0
 
     def __call__(self, *tensors: torch.Tensor | None) -> None:
+        if rehearsing():
+            start(self.kernel, self.grid, *tensors, *self.scalars, **self.options)
+            return
         for x in tensors:
             if x is not None and x.data_ptr() & 15:
                 self.kernel[self.grid](*tensors, *self.scalars, **self.options)

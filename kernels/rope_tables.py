@@ -30,7 +30,7 @@ def fake(positions: Tensor, frequencies: Tensor, scale: float, dtype: torch.dtyp
     return [frequencies.new_empty(shape, dtype=dtype) for _ in range(2)]
 
 
-@jit
+@jit(do_not_specialize=["S", "stride_b", "stride_s"])
 def _rope_tables(
     positions, frequencies, cos, sin, S, stride_b, stride_s, scale,
     HALF: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr, LIBDEVICE: tl.constexpr,

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -39,6 +40,7 @@ from tinyfuse.kernels import (
     rope_tables,
     step_counters,
 )
+from tinyfuse.kernels._triton import rehearsal
 
 BF16 = torch.bfloat16
 HOPPER = SimpleNamespace(
@@ -49,17 +51,8 @@ HOPPER = SimpleNamespace(
 
 
 @pytest.fixture
-def compiled(monkeypatch, tmp_path):
-    """The names of the kernels compiled: a launch compiles and does nothing else. With dependent launch."""
-    names = []
-    run = JITFunction.run
-
-    def compile_only(self, *args, grid, warmup, **options):
-        kernel = run(self, *args, grid=grid, warmup=True, **options)
-        assert kernel.asm["cubin"]
-        names.append(self.__name__)
-
-    monkeypatch.setattr(JITFunction, "run", compile_only)
+def hopper(monkeypatch, tmp_path):
+    """Kernels are compiled for a Hopper GPU, with dependent launch, and nothing is found on disk."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     for info in pkgutil.iter_modules(tinyfuse.kernels.__path__):
         module = importlib.import_module(f"tinyfuse.kernels.{info.name}")
@@ -69,6 +62,20 @@ def compiled(monkeypatch, tmp_path):
             if name.lstrip("_").startswith("bind"):
                 value.cache_clear()
     monkeypatch.setattr(driver, "_active", HOPPER)
+
+
+@pytest.fixture
+def compiled(hopper, monkeypatch):
+    """The names of the kernels launched: a launch compiles and does nothing else."""
+    names = []
+    run = JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **options):
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        assert kernel.asm["cubin"]
+        names.append(self.__name__)
+
+    monkeypatch.setattr(JITFunction, "run", compile_only)
     return names
 
 
@@ -150,3 +157,35 @@ def test_what_surrounds_a_step(compiled):
     _advance.advance([mask, positions], [2, 1], buffers, one, one.clone())
     step_counters.run_triton(list(torch.zeros(4, dtype=torch.long).unbind()), [0, 6, 6, 0])
     assert {"_peaks", "_choose", "_advance"} <= set(compiled)
+
+
+def test_what_a_rehearsal_compiles_is_not_compiled_again(hopper, monkeypatch, request):
+    """On fake tensors, side by side; what a launch then finds is the same kernels, for tensors with memory."""
+    made, compile_one = [], JITFunction._do_compile
+
+    def counting(self, *args, **kwargs):
+        made.append(self.__name__)
+        return compile_one(self, *args, **kwargs)
+
+    monkeypatch.setattr(JITFunction, "_do_compile", counting)
+
+    def launches() -> None:
+        K, norm = 512, (ones(512), 1e-5, False, True)
+        pair = [weight(256, K, True) for _ in range(2)]
+        args = pair[0][0], pair[1][0], pair[0][1], pair[1][1], None, None, "silu"
+        rms_norm_gated_linear.run_one_row(ones(1, K), *norm, *args)
+        rms_norm_gated_linear.run_tensor_core(ones(4, K), *norm, *args)
+        cache, new, row = ones(1, 2, 64, 64), ones(1, 2, 1, 64), ones(1, 1, 1, 64, dtype=torch.bool)
+        turn, at = ones(1, 1, 1, 64), torch.tensor([3])
+        rope_append_attention.run_triton(new, new, new, turn, turn, cache, cache.clone(), at, False, row, 0.1)
+        prompt = ones(1, 2, 32, 64)
+        _attention_prefill.prefill(prompt, cache, cache, ones(1, 1, 32, 64, dtype=torch.bool), 0.1, False)
+
+    with FakeTensorMode(), rehearsal():
+        launches()
+    rehearsed = set(made)
+    made.clear()
+    assert rehearsed == {"_norm_split", "_one_row", "_gemm", "_decode", "_map", "_prefill"}
+    request.getfixturevalue("compiled")
+    launches()
+    assert not made

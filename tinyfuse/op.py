@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from tinyfuse import choices, fallback
+from tinyfuse.kernels._triton import rehearsing
 
 _library = torch.library.Library("tinyfuse", "DEF")
 OPS: dict[str, Op] = {}
@@ -72,6 +73,8 @@ class Op:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
+            if rehearsing():
+                raise
             reason = f"kernel {self.name}/{kernel.name} failed: {type(error).__name__}: {error}"
             fallback.record(f"{self.name}/{kernel.name}", reason, error)
             self.broken[kernel.name] = reason

@@ -122,8 +122,20 @@ def check_forward(model: PreTrainedModel, result: Result) -> None:
     with collect() as report:
         compiled = torch.compile(model, backend="tinyfuse")
         for padding in (0, PADDING):
-            same(result, f"forward, padding {padding}", logits, model, compiled, padding, logits_differ)
+            name = f"forward, padding {padding}"
+            same(result, name, logits, model, compiled, padding, logits_differ)
+            if name in result.wrong:
+                _excuse(result, name, model, compiled, padding)
     result.note(report)
+
+
+def _excuse(result: Result, name: str, model: PreTrainedModel, compiled: Any, padding: int) -> None:
+    """Some code of transformers computes something else under ``torch.compile``, whatever the backend: then the graph
+    run as it is counts."""
+    graph = Result(result.model_type)
+    same(graph, name, logits, torch.compile(model, backend="eager"), compiled, padding, logits_differ)
+    if not graph.wrong and not graph.stock:
+        result.stock[name] = f"compiled by any backend {result.wrong.pop(name)}"
 
 
 CHECKS = {"generate": check_generate, "int8": check_int8, "forward": check_forward}

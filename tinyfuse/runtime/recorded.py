@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig
 from transformers.cache_utils import StaticCache, StaticLayer
 from transformers.utils import ModelOutput
 
+from tinyfuse import choices, fallback
 from tinyfuse.fallback import FallbackError
 from tinyfuse.graph.record import Declined, Given, Recording, record
 from tinyfuse.report import Report, collect
@@ -142,6 +144,9 @@ class Recordings:
                 self.declined[kind] = f"{name}{error}"
                 return self.declined[kind]
             known.append(found)
+            bound = _bound(found, arguments, tensors)
+            _compile_kernels(bound.graph)
+            return bound
         return _bound(found, arguments, tensors)
 
     def _record(self, arguments: dict[str, Any], given: dict[str, Given], known: int) -> Compiled:
@@ -174,6 +179,21 @@ class Recordings:
             raise Declined("the forward changes the model's attributes")
         with collect(self.report):
             return Compiled(recording, compile_graph(graph), kinds[0])
+
+
+def _compile_kernels(call: GraphCall) -> None:
+    """Compile the Triton kernels of a call side by side, which its first run would do one after the other: those of a
+    7B's prompt and token take 10 s of one core. On GPUs whose kernels are chosen by time the run has to come first."""
+    from tinyfuse.kernels import _triton
+
+    devices = {a.device for a in call.args if isinstance(a, Tensor) and a.device.type == "cuda"}
+    if not devices or _triton.missing or any(map(choices.measures, devices)):
+        return
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True) as fakes, _triton.rehearsal():
+            call.run(*[fakes.from_tensor(a) if isinstance(a, Tensor) else a for a in call.args])
+    except Exception as error:
+        fallback.record("compile", f"kernels are compiled one by one: {type(error).__name__}: {error}", error)
 
 
 class _Cache:
