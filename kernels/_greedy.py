@@ -26,7 +26,7 @@ def reference(
     """As :func:`greedy`, on any device."""
     if len(banned):
         logits = logits.index_fill(-1, banned, -torch.inf)
-    picked = logits.argmax(-1)
+    picked = logits.max(-1).indices  # on a CPU a quarter of argmax's time in bf16
     if len(eos):
         picked = picked * unfinished + pad * (1 - unfinished)
         unfinished.mul_((picked[:, None] != eos).all(-1))

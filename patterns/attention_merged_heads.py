@@ -35,8 +35,8 @@ def merged(m):
     return heads and all(same(s, t[0] * t[1], *t[2:]) for s, t in flat)
 
 
-def pattern(name, root, scores, to, where=(), **more):
-    """``scores``: those in four dims."""
+def pattern(name, root, scores, to, where=(), rows=1):
+    """``scores``: those in four dims; ``rows`` of the example's 5 that its added bias has."""
 
     def split(m):
         batch, heads, rows, _ = m.shape("q")
@@ -57,7 +57,7 @@ def pattern(name, root, scores, to, where=(), **more):
         ),
         to=to,
         example=lambda: (
-            example(bias=torch.randn(2, 1, 5, 7), alpha=0.3, D=torch.float32, **more)
+            example(bias=torch.randn(2, 1, 5, 7), added=torch.randn(12, rows, 7), alpha=0.3, D=torch.float32)
             | {f"{name}_shape": sizes for name, sizes in shapes.items()}
         ),
     )
@@ -88,7 +88,5 @@ def biased(m):
 
 
 merged_again = reshaped(call(torch.bmm, reshaped(weights, "flat"), values), "out")
-alibi = pattern("baddbmm", merged_again, of_baddbmm, biased, where, added=torch.randn(12, 1, 7))
-scores_only = pattern(
-    "baddbmm_scores", call(torch.matmul, weights, v), of_baddbmm, biased, where, added=torch.randn(12, 5, 7)
-)
+alibi = pattern("baddbmm", merged_again, of_baddbmm, biased, where)
+scores_only = pattern("baddbmm_scores", call(torch.matmul, weights, v), of_baddbmm, biased, where, rows=5)

@@ -44,6 +44,16 @@ def test_by_name_without_an_import() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
 
 
+def test_the_first_use_draws_no_random_number() -> None:
+    """Every pattern and kernel is imported at the first graph, between a user's seed and the tokens sampled."""
+    code = (
+        "import torch; torch.manual_seed(0); before = torch.get_rng_state()\n"
+        "import tinyfuse.backend; tinyfuse.backend.all_patterns()\n"
+        "assert torch.equal(torch.get_rng_state(), before)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+
+
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune"])
 def test_torch_compile_accepts_modes(llama, mode) -> None:
     model, inputs = llama
