@@ -85,6 +85,7 @@ def _gemm(
     if PAIR:
         up = tl.arange(0, BLOCK_N) >= EACH
         w = tl.where(up, w1, w0) + safe.to(tl.int64) * tl.where(up, stride1, stride0)
+        w = tl.multiple_of(w, 16)  # as all rows are, which Triton cannot know of one of two: it would load single bytes
         scale = tl.load(tl.where(up, s1, s0) + safe)
         if b0 is not None:
             bias = tl.load(tl.where(up, b1, b0) + safe).to(tl.float32)

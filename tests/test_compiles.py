@@ -6,6 +6,7 @@ an inner function in a branch that is not taken.
 
 import importlib
 import pkgutil
+import re
 from functools import partial
 from types import SimpleNamespace
 
@@ -43,6 +44,7 @@ from tinyfuse.kernels import (
 from tinyfuse.kernels._triton import rehearsal
 
 BF16 = torch.bfloat16
+READ_WEIGHTS = {"_gemm", "_gemv", "_one_row", "_cast"}
 HOPPER = SimpleNamespace(
     get_current_device=lambda: 99,  # no real one's
     get_current_stream=lambda device: 0,
@@ -73,6 +75,8 @@ def compiled(hopper, monkeypatch):
     def compile_only(self, *args, grid, warmup, **options):
         kernel = run(self, *args, grid=grid, warmup=True, **options)
         assert kernel.asm["cubin"]
+        if self.__name__ in READ_WEIGHTS:
+            assert not re.search(r"ld\.global\S*\.[bus]8\s", kernel.asm["ptx"]), f"{self.__name__} loads single bytes"
         names.append(self.__name__)
 
     monkeypatch.setattr(JITFunction, "run", compile_only)
