@@ -153,8 +153,8 @@ def main() -> int:
     if options.write:
         if options.types or not whole:
             parser.error("--write takes all types and all checks")
-        golden = {"transformers": transformers.__version__, "types": {r.model_type: counts(r) for r in made}}
-        GOLDEN.write_text(json.dumps(golden, indent=1) + "\n")
+        types = ",\n".join(f"  {json.dumps(r.model_type)}: {json.dumps(counts(r))}" for r in made)
+        GOLDEN.write_text(f'{{"transformers": "{transformers.__version__}", "types": {{\n{types}\n}}}}\n')
         PAGE.write_text(page(made))
     if options.json:
         options.json.write_text(json.dumps([as_json(result) for result in made], indent=1) + "\n")
