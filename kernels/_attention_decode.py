@@ -177,8 +177,7 @@ def _decode(
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     ROW_BLOCKS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, SCAN: tl.constexpr, STAGES: tl.constexpr,
     KIND: tl.constexpr, BY_ROW: tl.constexpr, CAUSAL: tl.constexpr, SPLIT: tl.constexpr,
-    MERGE_ROWS: tl.constexpr, MERGE_STEPS: tl.constexpr, R: tl.constexpr, INTERLEAVED: tl.constexpr,
-    PDL: tl.constexpr,
+    MERGE_ROWS: tl.constexpr, MERGE_STEPS: tl.constexpr, R: tl.constexpr, INTERLEAVED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """``MERGE_ROWS``: the power of two that holds the rows of a program, or 0 to leave them to ``_combine``.
 

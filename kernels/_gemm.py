@@ -160,12 +160,18 @@ def _bind_split(m: int, k: int, count: int, padded: int, tiles: int, stride: int
     return Launch(_split, (m,), (stride, padded, tiles, k, count, block, ahead), min(16, max(4, block // 512)), ahead)
 
 
+def digit_buffers(x: Tensor, count: int, padded: int, tiles: int) -> tuple[Tensor, Tensor]:
+    """What :func:`split` returns, unwritten."""
+    m, k = x.shape
+    digits = x.new_empty((count, padded, k), dtype=torch.int8)
+    return digits, x.new_empty((m + tiles,), dtype=torch.float32)
+
+
 def split(x: Tensor, count: int, padded: int, tiles: int) -> tuple[Tensor, Tensor]:
     """x [M, K] as int8 digits [count, padded, K], of which rows from M on are not written, and fp32 scales [M] with
     ``tiles`` zeros behind them."""
     m, k = x.shape
-    digits = x.new_empty((count, padded, k), dtype=torch.int8)
-    scale = x.new_empty((m + tiles,), dtype=torch.float32)
+    digits, scale = digit_buffers(x, count, padded, tiles)
     _bind_split(m, k, count, padded, tiles, x.stride(0), pdl(x.device), x.dtype, x.device)(x, digits, scale)
     return digits, scale
 
@@ -215,8 +221,7 @@ def gemm(
         residual = residual if residual.stride(1) == 1 else residual.contiguous()
     launch = _bind(
         m, k, sizes, tuple([w.stride(0) for w in weights]), 0 if residual is None else residual.stride(0), act, config,
-        pdl(x.device), x.dtype, x.device, biases[0] is None or biases[0].dtype,
-        residual is None or residual.dtype,
+        pdl(x.device), x.dtype, x.device, biases[0] is None or biases[0].dtype, residual is None or residual.dtype,
     )  # fmt: skip
     tiles, parts, _ = launch.grid
     operand, x_scale = digits(x, config[0], triton.cdiv(m, config[1]) * config[1], tiles if parts > 1 else 0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tinyfuse.kernels import _gemm, _rows
@@ -53,8 +52,7 @@ def reason(x: Tensor, weight: Tensor | None) -> str | None:
 def split(norm: Norm, x: Tensor, count: int, padded: int, tiles: int) -> tuple[Tensor, Tensor]:
     """``_gemm.split`` of the norm of x [M, K]."""
     m, k = x.shape
-    digits = x.new_empty((count, padded, k), dtype=torch.int8)
-    scale = x.new_empty((m + tiles,), dtype=torch.float32)
+    digits, scale = _gemm.digit_buffers(x, count, padded, tiles)
     weight_dtype = None if norm.weight is None else norm.weight.dtype
     launch = _bind(m, k, count, padded, tiles, x.stride(0), *norm[1:], pdl(x.device), x.dtype, weight_dtype, x.device)
     launch(x, norm.weight, digits, scale)

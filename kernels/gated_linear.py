@@ -50,16 +50,19 @@ def run_native(
 
 # --- GPU ---
 
-MISFIT = "the GPU gated linear takes gate and up weights of one shape and a known activation"
+
+def misfit(w_gate: Tensor, w_up: Tensor, act: str) -> str | None:
+    """Why no GPU kernel applies ``act`` to these weights."""
+    if act not in gated_act.ACTIVATIONS or w_gate.shape != w_up.shape:
+        return "the GPU gated linear takes gate and up weights of one shape and a known activation"
+    return None
 
 
 def supports_gemv(
     x: Tensor, w_gate: Tensor, w_up: Tensor, s_gate: Tensor | None, s_up: Tensor | None,
     b_gate: Tensor | None, b_up: Tensor | None, act: str,
 ) -> str | None:  # fmt: skip
-    if act not in gated_act.ACTIVATIONS or w_gate.shape != w_up.shape:
-        return MISFIT
-    return linear.few_rows_reason(x, [w_gate, w_up], [s_gate, s_up], [b_gate, b_up])
+    return misfit(w_gate, w_up, act) or linear.few_rows_reason(x, [w_gate, w_up], [s_gate, s_up], [b_gate, b_up])
 
 
 def run_gemv(
@@ -73,9 +76,7 @@ def supports_tensor_core(
     x: Tensor, w_gate: Tensor, w_up: Tensor, s_gate: Tensor | None, s_up: Tensor | None,
     b_gate: Tensor | None, b_up: Tensor | None, act: str,
 ) -> str | None:  # fmt: skip
-    if act not in gated_act.ACTIVATIONS or w_gate.shape != w_up.shape:
-        return MISFIT
-    return _gemm.reason(x, [w_gate, w_up], [s_gate, s_up], [b_gate, b_up])
+    return misfit(w_gate, w_up, act) or _gemm.reason(x, [w_gate, w_up], [s_gate, s_up], [b_gate, b_up])
 
 
 def run_tensor_core(

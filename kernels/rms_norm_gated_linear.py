@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tinyfuse.kernels import _norm_digits, gated_act, gated_linear, rms_norm, rms_norm_linear_group
+from tinyfuse.kernels import gated_act, gated_linear, rms_norm, rms_norm_linear_group
 from tinyfuse.op import Kernel, register
 
 
@@ -47,10 +47,9 @@ def supports_one_row(
     x: Tensor, weight: Tensor | None, eps: float, unit_offset: bool, cast_first: bool, w_gate: Tensor, w_up: Tensor,
     s_gate: Tensor | None, s_up: Tensor | None, b_gate: Tensor | None, b_up: Tensor | None, act: str,
 ) -> str | None:  # fmt: skip
-    if act not in gated_act.ACTIVATIONS or w_gate.shape != w_up.shape:
-        return gated_linear.MISFIT
     args = [w_gate, w_up], [s_gate, s_up], [b_gate, b_up]
-    return rms_norm_linear_group.supports_one_row(x, weight, eps, unit_offset, cast_first, *args)
+    reason = rms_norm_linear_group.supports_one_row(x, weight, eps, unit_offset, cast_first, *args)
+    return gated_linear.misfit(w_gate, w_up, act) or reason
 
 
 def run_one_row(
@@ -65,8 +64,9 @@ def supports_tensor_core(
     x: Tensor, weight: Tensor | None, eps: float, unit_offset: bool, cast_first: bool, w_gate: Tensor, w_up: Tensor,
     s_gate: Tensor | None, s_up: Tensor | None, b_gate: Tensor | None, b_up: Tensor | None, act: str,
 ) -> str | None:  # fmt: skip
-    reason = gated_linear.supports_tensor_core(x, w_gate, w_up, s_gate, s_up, b_gate, b_up, act)
-    return reason or _norm_digits.reason(x, weight)
+    args = [w_gate, w_up], [s_gate, s_up], [b_gate, b_up]
+    reason = rms_norm_linear_group.supports_tensor_core(x, weight, eps, unit_offset, cast_first, *args)
+    return gated_linear.misfit(w_gate, w_up, act) or reason
 
 
 def run_tensor_core(

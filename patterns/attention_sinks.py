@@ -24,7 +24,7 @@ from tinyfuse.patterns.attention import (
     repeated,
     v,
 )
-from tinyfuse.patterns.attention_softmax import equal_heads, shifted
+from tinyfuse.patterns.attention_softmax import alike, equal_heads, shifted
 
 bias, sinks = tensor("bias sinks")
 factor, inside = scalar("factor"), anything("inside")
@@ -38,8 +38,7 @@ def with_one_more_key(m):
 
 
 def one_dtype(m):
-    alike = len({m.D, *(m.dtype(name) for name in ("q", "k", "v", "bias", "sinks"))}) == 1
-    return alike and m.inside in (None, m.D, torch.float32)
+    return alike(m, "q", "k", "v", "bias", "sinks") and m.inside in (None, m.D, torch.float32)
 
 
 def fits(m):

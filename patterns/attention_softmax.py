@@ -57,9 +57,13 @@ FORMS = {
 }
 
 
+def alike(m, *names):
+    """Whether those of the tensors that are bound have the dtype D."""
+    return all(m.dtype(name) is m.D for name in names if name in m.captures)
+
+
 def one_dtype(m):
-    alike = len({m.D, *(m.dtype(name) for name in ("q", "k", "v", "bias") if name in m.captures)}) == 1
-    return alike and m.S in (m.D, torch.float32) and torch.promote_types(m.D, m.S) is m.S
+    return alike(m, "q", "k", "v", "bias") and m.S in (m.D, torch.float32) and torch.promote_types(m.D, m.S) is m.S
 
 
 def equal_heads(m):

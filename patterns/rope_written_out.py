@@ -10,12 +10,9 @@ import torch
 from tinyfuse.graph.nodes import same_size
 from tinyfuse.graph.pattern import Check, Pattern, call, cast, scalar
 from tinyfuse.patterns.rope import cos, positions, rank_4, rope, rounded_once, sin, swap, x
+from tinyfuse.patterns.rope_pairs import every_second
 
 last, parts, dim = scalar("last parts dim")
-
-
-def every_second(source, start):
-    return call(operator.getitem, source, (Ellipsis, slice(start, None, 2)))
 
 
 def half(number):

@@ -63,11 +63,17 @@ def line(result: Result, seconds: float) -> str:
     return " | ".join([f"{state:11} {result.model_type:26} {seconds:5.1f} s", sites, *noted, *result.fallbacks])
 
 
-def summary(made: list[Result]) -> str:
+def totals(made: list[Result]) -> tuple[Counter, Counter]:
+    """The sites and the reasons of all types."""
     sites, reasons = Counter(), Counter()
     for result in made:
         sites += result.sites
         reasons += result.reasons
+    return sites, reasons
+
+
+def summary(made: list[Result]) -> str:
+    sites, reasons = totals(made)
     kinds = sorted({kind for kind, _ in sites})
     lines = [f"{sum(not r.wrong and not r.stock for r in made)} of {len(made)} types equal stock"]
     for kind in kinds:
@@ -103,10 +109,7 @@ def dropped(made: list[Result], golden: dict) -> list[str]:
 
 def page(made: list[Result]) -> str:
     """docs/models.md."""
-    sites, reasons = Counter(), Counter()
-    for result in made:
-        sites += result.sites
-        reasons += result.reasons
+    sites, reasons = totals(made)
     kinds = [kind for kind in ANCHORS if sites[kind, "found"]]
     shares = [
         f"{sites[k, 'fused']} of {sites[k, 'found']} ({sites[k, 'fused'] / sites[k, 'found']:.1%})" for k in kinds

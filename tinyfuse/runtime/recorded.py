@@ -144,9 +144,7 @@ class Recordings:
                 self.declined[kind] = f"{name}{error}"
                 return self.declined[kind]
             known.append(found)
-            bound = _bound(found, arguments, tensors)
-            _compile_kernels(bound.graph)
-            return bound
+            _compile_kernels(_bound(found, arguments, tensors).graph)
         return _bound(found, arguments, tensors)
 
     def _record(self, arguments: dict[str, Any], given: dict[str, Given], known: int) -> Compiled:
