@@ -28,7 +28,7 @@ def reference(tables: list[Tensor], dims: list[int], buffers: list[Tensor], row:
         torch.index_select(table, dim, row, out=buffer)
 
 
-@jit
+@jit(do_not_specialize=[f"{name}{i}" for name in ("inner", "rows", "size") for i in range(3)] + ["first1", "first2"])
 def _advance(
     t0, t1, t2, b0, b1, b2, row, done, inner0, inner1, inner2, rows0, rows1, rows2, size0, size1, size2, first1, first2,
     MEMBERS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,

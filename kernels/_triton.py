@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -48,11 +48,26 @@ def rehearsing() -> bool:
     return _rehearsing.get()
 
 
+class _Loader(ThreadPoolExecutor):
+    """Loads what it compiles: for each kernel Triton builds a launcher too, with a C compiler."""
+
+    def submit(self, compile_kernel: Callable[[], Any]) -> Future:
+        return super().submit(_loaded, compile_kernel)
+
+
+def _loaded(compile_kernel: Callable[[], Any]) -> Any:
+    kernel = compile_kernel()
+    kernel._init_handles()
+    return kernel
+
+
 @contextmanager
 def rehearsal() -> Iterator[None]:
-    """Kernels that are launched inside, on fake tensors, are compiled side by side; one that cannot be is left to its
-    first real launch. Nothing may keep a tensor that it makes inside."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+    """Kernels that are launched inside, on fake tensors, are compiled and loaded side by side; one that cannot be is
+    left to its first real launch. Nothing may keep a tensor that it makes inside."""
+    device = triton.runtime.driver.active.get_current_device()
+    pool = _Loader(os.cpu_count(), "compile", torch.cuda.set_device, (device,))
+    with pool, triton.AsyncCompileMode(pool, ignore_errors=True):
         token = _rehearsing.set(True)
         try:
             yield
@@ -86,11 +101,14 @@ class Launch:
         self.scalars = scalars
         self.options = {"num_warps": num_warps, "launch_pdl": True} if ahead else {"num_warps": num_warps}
         self.compiled: Any = None
+        self.rehearsed = False
         self.device = 0
 
     def __call__(self, *tensors: torch.Tensor | None) -> None:
         if rehearsing():
-            start(self.kernel, self.grid, *tensors, *self.scalars, **self.options)
+            if not self.rehearsed:
+                start(self.kernel, self.grid, *tensors, *self.scalars, **self.options)
+                self.rehearsed = True
             return
         for x in tensors:
             if x is not None and x.data_ptr() & 15:

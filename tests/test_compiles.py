@@ -49,6 +49,11 @@ HOPPER = SimpleNamespace(
     get_current_device=lambda: 99,  # no real one's
     get_current_stream=lambda device: 0,
     get_current_target=lambda: GPUTarget("cuda", 90, 32),
+    launcher_cls=lambda source, metadata: print,
+    utils=SimpleNamespace(
+        get_device_properties=lambda device: {"max_shared_mem": 232448},
+        load_binary=lambda *args: (1, 1, 32, 0, 1024),
+    ),
 )
 
 
@@ -165,7 +170,9 @@ def test_what_surrounds_a_step(compiled):
 
 def test_what_a_rehearsal_compiles_is_not_compiled_again(hopper, monkeypatch, request):
     """On fake tensors, side by side; what a launch then finds is the same kernels, for tensors with memory."""
-    made, compile_one = [], JITFunction._do_compile
+    made, loaded, compile_one = [], [], JITFunction._do_compile
+    monkeypatch.setattr(HOPPER.utils, "load_binary", lambda name, *_: loaded.append(name) or (1, 1, 32, 0, 1024))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
 
     def counting(self, *args, **kwargs):
         made.append(self.__name__)
@@ -188,6 +195,7 @@ def test_what_a_rehearsal_compiles_is_not_compiled_again(hopper, monkeypatch, re
     with FakeTensorMode(), rehearsal():
         launches()
     rehearsed = set(made)
+    assert set(loaded) == rehearsed
     made.clear()
     assert rehearsed == {"_norm_split", "_one_row", "_gemm", "_decode", "_map", "_prefill"}
     request.getfixturevalue("compiled")

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, StaticCache, StaticLayer, StaticSlidingWindowLayer
 
+from tinyfuse.graph.record import Given, record
+from tinyfuse.runtime.recorded import unchanged
 from tinyfuse.runtime.window import MASK, WindowLayer, ring_masks
 
 STEP = 256
@@ -178,9 +180,18 @@ def _probe(model: torch.nn.Module, forward: Callable[..., Any]) -> tuple[list[tu
     and some models do not run on a static cache at all. Raises NotPlain, and what the forward raises.
     """
     with torch.inference_mode(False), torch.no_grad():
-        cache = _static_cache(model, 4)
         ids = torch.zeros((1, 2), dtype=torch.long, device=model.device)
-        forward(input_ids=ids, past_key_values=cache, use_cache=True)
+        cache = _imagined(model, forward, ids)
+        if cache is None:
+            cache = _static_cache(model, 4)
+            forward(input_ids=ids, past_key_values=cache, use_cache=True)
+        written = [(layer.keys, layer.values) if isinstance(layer, StaticLayer) else None for layer in cache.layers]
+        shapes = [like and tuple(map(_none_of, like)) for like in written]
+        cache = _static_cache(model, 4)
+        for layer, like in zip(cache.layers, shapes, strict=True):
+            if like is not None:
+                layer.lazy_initialization(*like)
+                layer.cumulative_length.fill_(2)
         more, mask = ids.new_zeros(1, 3), ids.new_ones(1, 3)
         try:
             prepared = model.prepare_inputs_for_generation(
@@ -188,11 +199,27 @@ def _probe(model: torch.nn.Module, forward: Callable[..., Any]) -> tuple[list[tu
             )
         except Exception:  # a model that wants more arguments than these
             prepared = {}
-    shapes = [
-        (layer.keys[:, :, :0], layer.values[:, :, :0]) if isinstance(layer, StaticLayer) else None
-        for layer in cache.layers
-    ]
     return shapes, _masks(prepared.get(MASK))
+
+
+def _imagined(model: torch.nn.Module, forward: Callable[..., Any], ids: Tensor) -> StaticCache | None:
+    """The cache after the forward of ``ids`` on fake tensors, which runs no kernel; None where it takes real ones."""
+    cache = _static_cache(model, 4)
+
+    def call(fakes: dict[str, Tensor]) -> None:
+        forward(input_ids=fakes["ids"], past_key_values=cache, use_cache=True)
+
+    try:
+        with unchanged(model):
+            record(call, {"ids": Given(ids)}, {})
+    except Exception:  # the real forward says what is wrong
+        return None
+    return cache
+
+
+def _none_of(tensor: Tensor) -> Tensor:
+    """``tensor`` [B, H, L, D] without batch and length."""
+    return torch.empty((1, tensor.shape[1], 0, tensor.shape[3]), dtype=tensor.dtype, device=tensor.device)
 
 
 def _masks(given: Any) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +62,19 @@ class Watch:
         for now, then in self.containers:
             now.clear()
             now.extend(then) if isinstance(now, list) else now.update(then)
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Raises Declined if what runs inside changes the model's attributes, which are put back."""
+    watch = Watch(model)
+    try:
+        yield
+    finally:
+        if changed := watch.changed():
+            watch.restore()
+    if changed:
+        raise Declined("the forward changes the model's attributes")
 
 
 def _configs(modules: list[nn.Module]) -> Iterator[PretrainedConfig]:
@@ -167,14 +181,8 @@ class Recordings:
             kinds.append(type(outputs))
             return {name: _leaf(value, mirror.get(CACHE)) for name, value in outputs.items()}
 
-        watch = Watch(self.model)
-        try:
+        with unchanged(self.model):
             graph, recording = record(call, given, {id(module): path for path, module in self.model.named_modules()})
-        finally:
-            if changed := watch.changed():
-                watch.restore()
-        if changed:
-            raise Declined("the forward changes the model's attributes")
         with collect(self.report):
             return Compiled(recording, compile_graph(graph), kinds[0])
 
