@@ -120,6 +120,8 @@ def test_attention(compiled, D, heads, kv_heads, dtype):
     row, bias = torch.ones(2, 1, 1, L, dtype=torch.bool), made(2, 1, 1, L)
     for mask, bounds in ((row, mask_bounds.run_triton(row)), (row, None), (bias, None), (None, None)):
         rope_append_attention.run_triton(q, new, new, table, table, cache, cache.clone(), pos, False, mask, 0.1, bounds)
+    batch = [t.repeat(4, 1, 1, 1) for t in (q, new, new, table, table, cache, cache)]
+    rope_append_attention.run_triton(*batch, pos, False, row.repeat(4, 1, 1, 1), 0.1)
     _attention_decode.decode(q, cache, cache, row, 0.1, False)
     prompt = made(2, heads, 40, D)
     _attention_decode.decode(prompt[:, :, :3], cache, cache, row.expand(2, heads, 3, L), 0.1, False)
