@@ -87,7 +87,7 @@ class Segment:
     """A function of tensors that turns into programs, one for each place that its inputs are seen at twice in a row.
 
     ``written``: indices of the arguments that the function writes (caches). ``dynamic``: indices of those whose shape
-    changes from call to call. Outputs are copies, so that a later call leaves them alone. Where the function cannot be
+    changes from call to call. ``constants``: of those that are always the same memory, as the caller knows. Outputs are copies, so that a later call leaves them alone. Where the function cannot be
     replayed it runs as it is; ``reason`` then says why.
     """
 
@@ -96,11 +96,15 @@ class Segment:
         function: Callable[..., Any],
         written: frozenset[int] = frozenset(),
         dynamic: frozenset[int] = frozenset(),
+        constants: frozenset[int] = frozenset(),
     ):
         self.function = function
+        self.constants = constants
         self.kept = written | dynamic  # never staged
         self.dynamic = sorted(dynamic)
         self.reason: str | None = None
+        self._tensors: list[int] = []
+        self._others: list[int] = []
         self._staged: dict[int, Tensor] = {}
         self._last: tuple[Any, ...] = ()
         self._programs: dict[tuple[Any, ...], Program] = {}
@@ -119,7 +123,11 @@ class Segment:
             args = list(args)
             for i, buffer in self._staged.items():
                 args[i] = buffer.copy_(args[i])
-        key = tuple(arg.data_ptr() if isinstance(arg, Tensor) else arg for arg in args)
+        if not self._tensors:
+            looked_at = [i for i in range(len(args)) if i not in self.constants]
+            self._tensors = [i for i in looked_at if isinstance(args[i], Tensor)]
+            self._others = [i for i in looked_at if not isinstance(args[i], Tensor)]
+        key = (*map(Tensor.data_ptr, map(args.__getitem__, self._tensors)), *map(args.__getitem__, self._others))
         layout = tuple((args[i].shape, args[i].stride()) for i in self.dynamic if isinstance(args[i], Tensor))
         program = self._programs.get((key, layout, _native.threads()))
         if program is not None:
@@ -133,7 +141,7 @@ class Segment:
 
     def _stage(self, args: Sequence[Any], last: tuple[Any, ...], key: tuple[Any, ...]) -> None:
         """Small inputs that have moved since the last call are copied to memory that stays from the next call on."""
-        moved = [i for i, arg in enumerate(args) if isinstance(arg, Tensor) and key[i] != last[i]]
+        moved = [i for i, now, then in zip(self._tensors, key, last, strict=False) if now != then]
         with torch.inference_mode(False):  # a tensor of inference mode could not be written outside it
             for i in moved:
                 if i not in self.kept and i not in self._staged and args[i].nbytes <= STAGED_BYTES:

@@ -344,6 +344,7 @@ class _Recorder(TorchFunctionMode):
         fake = self._twin(self.known[looks])
         fake._is_param = isinstance(tensor, torch.nn.Parameter)
         node = self._placeholder(f"constant{len(self.constants)}", fake)
+        node.meta["constant"] = True
         self.constants.append(tensor)
         self._know(tensor, node)
         return node

@@ -50,7 +50,8 @@ def _replace(graph: Graph, run: list[Node], written: dict[Node, list[Node]]) -> 
     targets = {w for node in run for w in written.get(node, ())}
     indices = frozenset(i for i, node in enumerate(inputs) if node in targets)
     dynamic = frozenset(i for i, node in enumerate(inputs) if not _has_fixed_shape(node))
-    segment = Segment(GraphModule(torch.nn.Module(), part).forward, indices, dynamic)
+    constants = frozenset(i for i, node in enumerate(inputs) if node.meta.get("constant"))
+    segment = Segment(GraphModule(torch.nn.Module(), part).forward, indices, dynamic, constants)
     with graph.inserting_after(run[-1]):
         call = graph.call_function(_named(segment), tuple(inputs))
     for index, node in reversed(list(enumerate(outputs))):

@@ -50,6 +50,11 @@ class Watch:
     def _code(self) -> list[Any]:
         return [part for kind in self.kinds for part in _code_of(kind.forward)]
 
+    def add(self, tensors: list[Tensor]) -> None:
+        """Watch the memory of more tensors."""
+        self.tensors += tensors
+        self.memory = self._memory()
+
     def changed(self) -> bool:
         try:
             changed = any(now != then for now, then in self.containers)
@@ -183,6 +188,8 @@ class Recordings:
 
         with unchanged(self.model):
             graph, recording = record(call, given, {id(module): path for path, module in self.model.named_modules()})
+        if self.watch is not None:
+            self.watch.add(recording.constants)
         with collect(self.report):
             return Compiled(recording, compile_graph(graph), kinds[0])
 
