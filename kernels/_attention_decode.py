@@ -338,20 +338,19 @@ def plan(rows: int, programs: int, Skv: int, width: int, itemsize: int, device: 
     """rows: query rows that share a kv head; programs: batch times kv heads; width: the larger padded head_dim.
 
     As measured on an H200: where a block to a program is no more than two programs to a multiprocessor, it loads all of
-    its keys and values at once. Else they come in blocks, some on their way: large ones where there are two programs
-    to a multiprocessor, small ones and one warp where there are more than four, which hide each other's latency.
+    its keys and values at once. Else they come in blocks, some on their way. For one row to a kv head large ones are
+    faster at two programs to a multiprocessor; beyond four, which hide each other's latency, one warp and small ones.
     """
     block_r = min(64, max(16, triton.next_power_of_2(rows)))
     wave = 2 * _multiprocessors(device) / (programs * triton.cdiv(rows, block_r))
-    few_rows = block_r == 16
     key = width * itemsize
     block_n = max(16, min(128, 32768 // key))
     blocks = triton.cdiv(Skv, block_n)
-    if blocks <= min(wave, MAX_SPLITS) and few_rows:
+    if blocks <= min(wave, MAX_SPLITS) and block_r == 16:
         return Plan(block_r, block_n, blocks, 8, 1)
-    if wave < 0.5 and few_rows and key <= 256:
+    if wave < 0.5 and rows == 1 and key <= 256:
         return Plan(block_r, max(16, 4096 // key), 1, 1, 3)
-    if wave < 2 and few_rows:
+    if wave < 2 and rows == 1:
         return Plan(block_r, max(16, min(128, 16384 // key)), max(1, round(wave)), 4, 2)
     block_n = max(16, min(128, 8192 // key))
     blocks = triton.cdiv(Skv, block_n)
