@@ -86,9 +86,10 @@ class Program:
 class Segment:
     """A function of tensors that turns into programs, one for each place that its inputs are seen at twice in a row.
 
-    ``written``: indices of the arguments that the function writes (caches). ``dynamic``: indices of those whose shape
-    changes from call to call. ``constants``: of those that are always the same memory, as the caller knows. Outputs are copies, so that a later call leaves them alone. Where the function cannot be
-    replayed it runs as it is; ``reason`` then says why.
+    ``written``: indices of the arguments that the function writes (caches). ``dynamic``: of those whose shape changes
+    from call to call. ``constants``: of those that the caller knows to be the same memory in every call. Outputs are
+    copies, so that a later call leaves them alone. Where the function cannot be replayed it runs as it is; ``reason``
+    then says why.
     """
 
     def __init__(
