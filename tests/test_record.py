@@ -266,6 +266,28 @@ def test_a_changed_model_is_recorded_anew(change):
     assert change is hook_a_module or model._tinyfuse.recordings.version == 2
 
 
+def test_the_memory_of_a_tensor_that_is_no_buffer_may_change():
+    class Shifted(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner, self.__dict__["shift"] = inner, torch.zeros(32)
+
+        def forward(self, x):
+            return self.inner(x) + self.shift
+
+    fast, stock = llama(), llama()
+    for model in (fast, stock):
+        model.model.layers[0].mlp = Shifted(model.model.layers[0].mlp)
+    optimize(fast)
+    options = {"max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    for value in (0.0, 2.0):
+        for model in (fast, stock):
+            model.model.layers[0].mlp.shift.set_(torch.full((32,), value))
+        pair = [torch.stack(m.generate(torch.tensor([[5, 17, 33, 2, 8, 61]]), **options).logits) for m in (fast, stock)]
+        assert torch.allclose(*pair, atol=1e-4)
+    assert fast._tinyfuse.recordings.version == 2
+
+
 def test_a_model_that_writes_its_attributes_is_left_to_dynamo():
     model = llama()
 
