@@ -44,11 +44,8 @@ def _first_largest(a, i, b, j):
     return tl.where(left, a, b), tl.where(left, i, j)
 
 
-@jit
-def _peaks(
-    logits, banned, values, indices,
-    stride, V, CHUNK: tl.constexpr, BANNED: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+@jit(do_not_specialize=["forbidden"])
+def _peaks(logits, banned, values, indices, stride, V, forbidden, CHUNK: tl.constexpr, PDL: tl.constexpr):
     """Program (chunk, row): the largest logit of the chunk and its index, [batch, chunks]."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -56,7 +53,7 @@ def _peaks(
     row = tl.program_id(1).to(tl.int64)
     index = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     value = tl.load(logits + row * stride + index, mask=index < V, other=float("-inf")).to(values.dtype.element_ty)
-    for i in tl.static_range(BANNED):
+    for i in range(forbidden):
         value = tl.where(index == tl.load(banned + i), float("-inf"), value)
     value, index = tl.reduce((value, index), 0, _first_largest)
     at = row * tl.num_programs(0) + tl.program_id(0)
@@ -64,10 +61,10 @@ def _peaks(
     tl.store(indices + at, index)
 
 
-@jit(do_not_specialize=["batch", "chunks"])
+@jit(do_not_specialize=["batch", "chunks", "length", "ends"])
 def _choose(
     values, indices, eos, pad, unfinished, written, token, tokens,
-    batch, chunks, length, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EOS: tl.constexpr, PDL: tl.constexpr,
+    batch, chunks, length, ends, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """All rows, ROWS at a time."""
     if PDL:
@@ -84,14 +81,11 @@ def _choose(
         index = tl.load(indices + at, mask=mask, other=0x7FFFFFFF)
         going = tl.load(unfinished + row, mask=inside, other=0)
         _, index = tl.reduce((value, index), 1, _first_largest)
-        picked = index.to(tl.int64)
-        if EOS > 0:
-            picked = tl.where(going != 0, picked, padding)
-        for i in tl.static_range(EOS):
+        picked = tl.where((going != 0) | (ends == 0), index.to(tl.int64), padding)
+        for i in range(ends):
             going = tl.where(picked == tl.load(eos + i), 0, going)
         tl.debug_barrier()  # threads hold copies of ``going`` and ``position``: all have read before one writes
-        if EOS > 0:
-            tl.store(unfinished + row, going, mask=inside)
+        tl.store(unfinished + row, going, mask=inside)
         tl.store(token + row, picked, mask=inside)
         tl.store(tokens + row.to(tl.int64) * length + position, picked, mask=inside)
     tl.store(written, position + 1)
@@ -105,8 +99,8 @@ def _bind(
     chunks = triton.cdiv(size, chunk)
     columns = triton.next_power_of_2(chunks)
     rows = min(triton.next_power_of_2(batch), max(1, 1024 // columns))
-    peaks = Launch(_peaks, (chunks, batch), (stride, size, chunk, banned, ahead), 4, ahead)
-    return peaks, Launch(_choose, (1,), (batch, chunks, length, rows, columns, eos, ahead), 1, ahead)
+    peaks = Launch(_peaks, (chunks, batch), (stride, size, banned, chunk, ahead), 4, ahead)
+    return peaks, Launch(_choose, (1,), (batch, chunks, length, eos, rows, columns, ahead), 1, ahead)
 
 
 def greedy(

@@ -139,8 +139,11 @@ class Recordings:
         self.declined.clear()
         self.version += 1
 
-    def bind(self, arguments: dict[str, Any], stage: str) -> Bound | str:
-        """The graph of ``forward(**arguments)``, or why there is none. Calls of one ``stage`` share graphs."""
+    def bind(
+        self, arguments: dict[str, Any], stage: str, after: Callable[[ModelOutput], None] | None = None
+    ) -> Bound | str:
+        """The graph of ``forward(**arguments)``, or why there is none. Calls of one ``stage`` share graphs. ``after``:
+        what follows on it, whose kernels are compiled with those of the graph."""
         if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
             return "autocast is on"
         try:
@@ -163,7 +166,7 @@ class Recordings:
                 self.declined[kind] = f"{name}{error}"
                 return self.declined[kind]
             known.append(found)
-            _compile_kernels(_bound(found, arguments, tensors).graph)
+            _compile_kernels(_bound(found, arguments, tensors), after)
         return _bound(found, arguments, tensors)
 
     def _record(self, arguments: dict[str, Any], given: dict[str, Given], known: int) -> Compiled:
@@ -194,17 +197,20 @@ class Recordings:
             return Compiled(recording, compile_graph(graph), kinds[0])
 
 
-def _compile_kernels(call: GraphCall) -> None:
-    """Compile the Triton kernels of a call side by side, which its first run would do one after the other: those of a
+def _compile_kernels(bound: Bound, after: Callable[[ModelOutput], None] | None) -> None:
+    """Compile the Triton kernels of a call, and of what follows, side by side, which its first run would do one after the other: those of a
     7B's prompt and token take 10 s of one core. On GPUs whose kernels are chosen by time the run has to come first."""
     from tinyfuse.kernels import _triton
 
+    call = bound.graph
     devices = {a.device for a in call.args if isinstance(a, Tensor) and a.device.type == "cuda"}
     if not devices or _triton.missing or any(map(choices.measures, devices)):
         return
     try:
         with FakeTensorMode(allow_non_fake_inputs=True) as fakes, _triton.rehearsal():
-            call.run(*[fakes.from_tensor(a) if isinstance(a, Tensor) else a for a in call.args])
+            outputs = call.run(*[fakes.from_tensor(a) if isinstance(a, Tensor) else a for a in call.args])
+            if after is not None:
+                after(bound.result(outputs))
     except Exception as error:
         fallback.record("compile", f"kernels are compiled one by one: {type(error).__name__}: {error}", error)
 

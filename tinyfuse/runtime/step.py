@@ -148,13 +148,19 @@ class Step:
         self.call: GraphCall | None = None
         self.version: int | None = None  # of the recordings, if the graph is one
         self.unbound: str | None = None
-        bound = runtime.recordings.bind(self._arguments(), "token")
+        bound = runtime.recordings.bind(self._arguments(), "token", self._go_on)
         if isinstance(bound, str):
             runtime.unrecorded(bound)
             self.unbound = self._bind(runtime.model)
         else:
             self.call, self.version = bound.graph, runtime.recordings.version
             self.index = bound.result(itertools.count()).logits
+
+    def _go_on(self, outputs: Any) -> None:
+        """Rehearse what most calls of ``generate`` do with a forward's outputs."""
+        self.inputs.advance()
+        ids = self.inputs.token.new_zeros(0)
+        Tail(Choice(("greedy", 0), ids, None, False), self.inputs.token, self.slot.length, 0).pick(outputs.logits[:, -1])
 
     def _arguments(self) -> dict[str, Any]:
         return {**self.inputs.arguments, "return_dict": True}
