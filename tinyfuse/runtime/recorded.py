@@ -198,8 +198,9 @@ class Recordings:
 
 
 def _compile_kernels(bound: Bound, after: Callable[[ModelOutput], None] | None) -> None:
-    """Compile the Triton kernels of a call, and of what follows, side by side, which its first run would do one after the other: those of a
-    7B's prompt and token take 10 s of one core. On GPUs whose kernels are chosen by time the run has to come first."""
+    """Compile the Triton kernels of a call, and of what follows, side by side, which its first run would do one after
+    the other: those of a 7B's prompt and token take 10 s of one core. On GPUs whose kernels are chosen by time the run
+    has to come first."""
     from tinyfuse.kernels import _triton
 
     call = bound.graph

@@ -159,8 +159,9 @@ class Step:
     def _go_on(self, outputs: Any) -> None:
         """Rehearse what most calls of ``generate`` do with a forward's outputs."""
         self.inputs.advance()
-        ids = self.inputs.token.new_zeros(0)
-        Tail(Choice(("greedy", 0), ids, None, False), self.inputs.token, self.slot.length, 0).pick(outputs.logits[:, -1])
+        token = self.inputs.token
+        greedy = Choice(("greedy", 0), token.new_zeros(0), None, False)
+        Tail(greedy, token, self.slot.length, 0).pick(outputs.logits[:, -1])
 
     def _arguments(self) -> dict[str, Any]:
         return {**self.inputs.arguments, "return_dict": True}
