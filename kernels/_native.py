@@ -34,8 +34,8 @@ FLAGS = ["-std=c++17", "-O3", "-fPIC", "-shared", "-w"]
 TUNING = ["-march=native", "-mcpu=native", None]  # the first that the compiler takes
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.bool: 4}
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
-ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
-NO_ACTIVATION = 4
+ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu_squared": 4, "quick_gelu": 5}
+NO_ACTIVATION = 6
 ERRORS = {1: (IndexError, "a cache position is out of range"), 2: (MemoryError, "no memory for scratch")}
 
 threads = torch.get_num_threads
@@ -316,7 +316,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, act: int, count: int, fields: 
     """Run the ``count`` linears whose :func:`part` fields follow each other in ``fields`` (weights of ``weight``'s
     dtype and K) on the contiguous ``x``.
 
-    ``act`` other than ``NO_ACTIVATION``: the parts are gate and up, and act(gate) * up goes to the first part's y.
+    ``act`` other than ``NO_ACTIVATION``: of one part, act(it) goes to its y; of two, gate and up, act(gate) * up goes
+    to the first part's y.
     """
     width = weight.shape[1]
     call(

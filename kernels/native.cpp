@@ -168,18 +168,31 @@ INLINE F8 exp8(F8 x) {
   return select(x < low, splat(0.0f), p * (F8)power);
 }
 
-enum Act { SILU, GELU, GELU_TANH, RELU, NO_ACT };
+enum Act { SILU, GELU, GELU_TANH, RELU, RELU_SQUARED, QUICK_GELU, NO_ACT };
+
+// erfc(z) / 2 for z >= 0 within a factor of 1 +- 3e-7 (Numerical Recipes, erfcc), where 1 + erf(-z) would cancel.
+// The polynomial is summed in pairs: one after another its ten terms would wait for each other.
+INLINE F8 half_erfc8(F8 z) {
+  F8 t = 1.0f / (1.0f + 0.5f * z), t2 = t * t, t4 = t2 * t2;
+  F8 low = (1.00002368f * t - 1.26551223f) + (0.09678418f * t + 0.37409196f) * t2;
+  F8 high = (0.27886807f * t - 0.18628806f) + (1.48851587f * t - 1.13520398f) * t2;
+  F8 top = 0.17087277f * t - 0.82215223f;
+  return 0.5f * t * exp8(low - z * z + (high + top * t4) * t4);
+}
 
 INLINE F8 activate(F8 x, i64 act) {
   if (act == SILU) return x / (1.0f + exp8(-x));
-  if (act == RELU) return select(x < 0.0f, splat(0.0f), x);
+  if (act == QUICK_GELU) return x / (1.0f + exp8(-1.702f * x));
+  if (act == RELU || act == RELU_SQUARED) {
+    F8 y = select(x < 0.0f, splat(0.0f), x);
+    return act == RELU ? y : y * y;
+  }
   if (act == GELU_TANH) {  // 0.5 (1 + tanh u) = 1 / (1 + exp(-2u))
     F8 u = 0.7978845608f * (x + 0.044715f * x * x * x);
     return x / (1.0f + exp8(-2.0f * u));
   }
-  F8 y;
-  for (int i = 0; i < 8; i++) y[i] = 0.5f * x[i] * (1.0f + std::erf(x[i] * 0.70710678f));
-  return y;
+  F8 below = half_erfc8(abs8(x) * 0.70710678f);
+  return x * select(x < 0.0f, below, 1.0f - below);
 }
 
 // ---------------------------------------------------------------- threads
@@ -490,7 +503,8 @@ struct Part {
   i64 N, ldw;
 };
 
-// act == NO_ACT: every part is a linear of its own. Otherwise two parts, gate and up, and one result in parts[0].y.
+// act == NO_ACT: every part is a linear of its own. Otherwise one result, in parts[0].y: act(first part), times the
+// second part if there is one.
 struct LinearArgs {
   const void* x;  // [M, K] contiguous
   i64 M, K, xtype, wtype, act, threads, count;
@@ -555,6 +569,8 @@ template <class X> void finish_row(const Part& p, i64 m, i64 n0, i64 rows, float
       if (pu->scale) u *= load_some(pu->scale + n0 + n, some);
       if (pu->bias) u += load_some((const X*)pu->bias + n0 + n, some);
       v = activate(v, act) * u;
+    } else if (act != NO_ACT) {
+      v = activate(v, act);
     }
     if (residual) v += load_some(residual + n, some);
     store_some(y + n, v, some);
@@ -583,9 +599,9 @@ void linear_chunk(const LinearArgs& a, const In& in, const Part& p, const Part* 
 }
 
 template <class In, class W> void linear_chunks(const LinearArgs& a, const In& in, Team& team) {
-  bool gated = a.act != NO_ACT;
-  i64 count = gated ? 1 : a.count;
-  i64 row_bytes = a.K * (i64)sizeof(W) * (gated ? 2 : 1);
+  i64 joined = a.act != NO_ACT ? a.count : 1;  // parts that make one result
+  i64 count = a.count / joined;
+  i64 row_bytes = a.K * (i64)sizeof(W) * joined;
   i64 fewest = a.M == 1 ? 4 : 32;
   i64 rows = 0;
   for (i64 i = 0; i < count; i++) rows += a.parts[i].N;
@@ -597,7 +613,7 @@ template <class In, class W> void linear_chunks(const LinearArgs& a, const In& i
     if (part == count) return;
     const Part& p = a.parts[part];
     i64 n0 = (chunk - first) * step;
-    linear_chunk<In, W>(a, in, p, gated ? &a.parts[1] : nullptr, n0, std::min(step, p.N - n0));
+    linear_chunk<In, W>(a, in, p, joined == 2 ? &a.parts[1] : nullptr, n0, std::min(step, p.N - n0));
   }
 }
 

@@ -111,6 +111,27 @@ def test_linear_group_and_gated_linear(int8, threads):
         assert_as_exact_as_eager("gated_linear", out, eager, function(gate) * up)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
+@pytest.mark.parametrize("M, N, K", [(1, 576, 576), (5, 67, 341)])
+def test_linear_with_its_activation(M, N, K, int8, dtype, threads):
+    x = activations(2 * M, K, dtype)[::2]
+    weight, scale = int8_weight(N, K) if int8 else (float_weight(N, K, dtype), None)
+    bias = torch.randn(N).to(dtype)
+    for act, function in gated_act.ACTIVATIONS.items():
+        args = (x, weight, None, scale, None, bias, None, act)
+        exact, eager = function(exact_linear(x, weight, scale, bias, None)), gated_linear.reference(*args)
+        assert_as_exact_as_eager("gated_linear", run(gated_linear, *args), eager, exact)
+
+
+def test_gelu_far_below_zero_does_not_cancel():
+    gate = torch.linspace(-12, 12, 2401)
+    out, exact = run(gated_act, gate, torch.ones(2401), "gelu"), F.gelu(gate.double())
+    near = gate.abs() < 5
+    assert ((out - exact)[near].abs() <= 5e-6 * exact[near].abs()).all()
+    assert ((out - exact).abs() <= (F.gelu(gate) - exact).abs() + 4e-7).all()
+
+
 @pytest.mark.parametrize("value", [1.0, -3.0])
 def test_int8_sums_do_not_overflow(value):
     """Largest weights and constant activations: every product has the same sign."""
