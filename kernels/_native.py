@@ -269,8 +269,8 @@ def linear_reason(
         return f"the CPU linears take floating activations, not {x.dtype}"
     if weight.dtype != (x.dtype if scale is None else torch.int8):
         return "the CPU linears take a weight in x's dtype, or int8 with a scale"
-    if weight.dim() != 2 or weight.stride(1) != 1:
-        return "the CPU linears take a weight [N, K] whose rows are contiguous"
+    if weight.dim() != 2 or not (weight.stride(1) == 1 or (scale is None and weight.stride(0) == 1)):
+        return "the CPU linears take a weight [N, K] whose rows (or columns, unless in int8) are contiguous"
     if scale is not None and (scale.dtype != torch.float32 or scale.shape != weight.shape[:1] or scale.stride(0) != 1):
         return "the CPU linears take a dense float32 scale [N]"
     if bias is not None and (bias.dtype != x.dtype or bias.shape != weight.shape[:1] or bias.stride(0) != 1):
@@ -278,7 +278,12 @@ def linear_reason(
     return reason(x, weight, scale, bias)
 
 
-_pack_linear = [packer(f"{8 + 7 * count}q") for count in range(9)]
+def by_columns(weight: torch.Tensor) -> bool:
+    """Whether ``weight`` [N, K] lies in memory as [K, N], as that of transformers' Conv1D does."""
+    return weight.stride(1) != 1
+
+
+_pack_linear = [packer(f"{9 + 7 * count}q") for count in range(9)]
 MOST_PARTS = len(_pack_linear) - 1
 
 
@@ -308,13 +313,13 @@ def part(
     return (
         weight.data_ptr(), 0 if scale is None else scale.data_ptr(), 0 if bias is None else bias.data_ptr(),
         0 if residual is None else residual.data_ptr(), 0 if y is None else y.data_ptr(),
-        weight.shape[0], weight.stride()[0],
+        weight.shape[0], weight.stride()[by_columns(weight)],
     )  # fmt: skip
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, act: int, count: int, fields: Sequence[int]) -> None:
     """Run the ``count`` linears whose :func:`part` fields follow each other in ``fields`` (weights of ``weight``'s
-    dtype and K) on the contiguous ``x``.
+    dtype, layout and K) on the contiguous ``x``.
 
     ``act`` other than ``NO_ACTIVATION``: of one part, act(it) goes to its y; of two, gate and up, act(gate) * up goes
     to the first part's y.
@@ -323,7 +328,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, act: int, count: int, fields: 
     call(
         "tf_linear",
         _pack_linear[count](
-            x.data_ptr(), x.numel() // width, width, DTYPES[x.dtype], DTYPES[weight.dtype], act, threads(), count,
+            x.data_ptr(), x.numel() // width, width, DTYPES[x.dtype], DTYPES[weight.dtype], by_columns(weight), act,
+            threads(), count,
             *fields,
         ),
     )  # fmt: skip

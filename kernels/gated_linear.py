@@ -43,8 +43,12 @@ def supports_native(
 ) -> str | None:  # fmt: skip
     if act not in _native.ACTIVATIONS:
         return f"the CPU kernels know {', '.join(_native.ACTIVATIONS)}, not {act}"
-    if w_up is not None and (w_gate.dtype != w_up.dtype or w_gate.shape != w_up.shape):
-        return "the CPU gated linear takes gate and up weights of one dtype and shape"
+    if w_up is not None and (
+        w_gate.dtype != w_up.dtype
+        or w_gate.shape != w_up.shape
+        or _native.by_columns(w_gate) != _native.by_columns(w_up)
+    ):
+        return "the CPU gated linear takes gate and up weights of one dtype, shape and layout"
     parts = zip(*members(w_gate, w_up, s_gate, s_up, b_gate, b_up), strict=True)
     return next(filter(None, (_native.linear_reason(x, *part) for part in parts)), None)
 

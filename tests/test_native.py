@@ -92,6 +92,24 @@ def test_linear(M, N, K, dtype, int8, threads):
         assert_as_exact_as_eager(name, run(linear, *args), eager, exact)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "M, N, K", [(1, 576, 576), (1, 4801, 23), (1, 37, 341), (2, 5, 1), (3, 192, 64), (8, 67, 1537), (19, 530, 300)]
+)
+def test_linear_by_columns(M, N, K, dtype, threads):
+    """The weight of a Conv1D, a view of a wider one; what surrounds it is not read."""
+    x, whole = activations(M, K, dtype), torch.full((K + 2, N + 3), float("nan"), dtype=dtype)
+    whole[1:-1, 2:-1] = float_weight(N, K, dtype).T
+    weight = whole[1:-1, 2:-1].T
+    bias, residual = torch.randn(N).to(dtype), torch.randn(M, N).to(dtype)
+    for b, r in itertools.product((None, bias), (None, residual)):
+        args = (x, weight, None, b, r)
+        assert_as_exact_as_eager("linear", run(linear, *args), linear.reference(*args), exact_linear(*args))
+    args = (x, weight, None, None, None, bias, None, "gelu_tanh")
+    exact = gated_act.ACTIVATIONS["gelu_tanh"](exact_linear(x, weight, None, bias, None))
+    assert_as_exact_as_eager("gated_linear", run(gated_linear, *args), gated_linear.reference(*args), exact)
+
+
 @pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
 def test_linear_group_and_gated_linear(int8, threads):
     x = activations(3, 576, torch.bfloat16)[None]
