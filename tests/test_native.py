@@ -337,7 +337,9 @@ def test_left_padding_and_fully_masked_rows():
 
 def test_unsupported_arguments_are_declined_with_a_reason():
     x, weight = torch.randn(2, 8), torch.randn(4, 8)
-    assert "rows are contiguous" in linear.supports_native(x, torch.randn(8, 4).T, None, None, None)
+    assert "are contiguous" in linear.supports_native(x, torch.randn(4, 16)[:, ::2], None, None, None)
+    columns = torch.ones(8, 4, dtype=torch.int8).T
+    assert "unless in int8" in linear.supports_native(x, columns, torch.ones(4), None, None)
     assert "x's dtype" in linear.supports_native(x, weight.bfloat16(), None, None, None)
     assert "floating" in linear.supports_native(x.double(), weight.double(), None, None, None)
     assert "scale" in linear.supports_native(x, weight.to(torch.int8), torch.ones(4, 1), None, None)
