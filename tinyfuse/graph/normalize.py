@@ -26,8 +26,8 @@ from tinyfuse.graph.nodes import baddbmm, cast, gelu, is_static, is_tensor, max_
 _METHODS: dict[str, Callable] = {
     "add": torch.add, "sub": torch.sub, "mul": torch.mul, "div": torch.div, "neg": torch.neg, "pow": torch.pow,
     "square": torch.square, "rsqrt": torch.rsqrt, "sqrt": torch.sqrt, "mean": torch.mean, "sum": torch.sum,
-    "sigmoid": torch.sigmoid, "tanh": torch.tanh, "cos": torch.cos, "sin": torch.sin, "matmul": torch.matmul, "bmm": torch.bmm,
-    "baddbmm": baddbmm, "max": max_along,
+    "sigmoid": torch.sigmoid, "tanh": torch.tanh, "cos": torch.cos, "sin": torch.sin, "matmul": torch.matmul,
+    "bmm": torch.bmm, "baddbmm": baddbmm, "max": max_along,
     "softmax": torch.softmax, "view": torch.reshape, "reshape": torch.reshape, "transpose": torch.transpose,
     "permute": torch.permute, "unsqueeze": torch.unsqueeze, "squeeze": torch.squeeze, "flatten": torch.flatten,
     "chunk": torch.chunk, "split": torch.split, "expand": torch.Tensor.expand,
