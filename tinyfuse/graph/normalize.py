@@ -54,6 +54,7 @@ _SIGNATURES: dict[Callable, dict[str, Any]] = {
     torch.mean: {"input": _REQUIRED, "dim": None, "keepdim": False},
     torch.sum: {"input": _REQUIRED, "dim": None, "keepdim": False},
     torch.softmax: {"input": _REQUIRED, "dim": _REQUIRED, "dtype": None},
+    torch.logsumexp: {"input": _REQUIRED, "dim": _REQUIRED, "keepdim": False},
     torch.transpose: {"input": _REQUIRED, "dim0": _REQUIRED, "dim1": _REQUIRED},
     torch.unsqueeze: {"input": _REQUIRED, "dim": _REQUIRED},
     torch.chunk: {"input": _REQUIRED, "chunks": _REQUIRED, "dim": 0},
@@ -87,8 +88,8 @@ _DTYPE_METHODS = {
 }
 _SHAPE_ARGS = {torch.reshape, torch.permute, torch.Tensor.expand}
 _DIM_ARGS = {
-    torch.mean: (1,), torch.sum: (1,), torch.softmax: (1,), torch.transpose: (1, 2), torch.chunk: (2,),
-    torch.split: (2,), torch.flatten: (1, 2), torch.cat: (1,), max_along: (1,),
+    torch.mean: (1,), torch.sum: (1,), torch.softmax: (1,), torch.logsumexp: (1,), torch.transpose: (1, 2),
+    torch.chunk: (2,), torch.split: (2,), torch.flatten: (1, 2), torch.cat: (1,), max_along: (1,),
 }  # fmt: skip
 
 
