@@ -63,13 +63,13 @@ def _gemm(
     K: tl.constexpr, MEMBERS: tl.constexpr, ACT: tl.constexpr, DIGITS: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A tile of one y. x: digits [DIGITS, rows, K]. ``first``: the first block of columns of a weight. Under ACT a tile
-    holds rows of both weights, and y is act(W_0 x) * (W_1 x). Programs that share weights are neighbours. Of PARTS
-    programs, each with a share of K, the last to finish sums them in their order."""
+    """A tile of one y. x: digits [DIGITS, rows, K]. ``first``: the first block of columns of a weight. Under ACT y is
+    act(W_0 x), or with two weights, of which a tile then holds rows of both, act(W_0 x) * (W_1 x). Programs that share
+    weights are neighbours. Of PARTS programs, each with a share of K, the last to finish sums them in their order."""
     blocks_m = tl.cdiv(M, BLOCK_M)
     part = tl.program_id(1)
     block = tl.program_id(0) // blocks_m
-    PAIR: tl.constexpr = ACT != ""
+    PAIR: tl.constexpr = ACT != "" and MEMBERS == 2
     EACH: tl.constexpr = BLOCK_N // 2 if PAIR else BLOCK_N  # rows of a weight
     w, s, b, y, n, stride = w0, s0, b0, y0, n0, stride0
     if MEMBERS > 1 and not PAIR:
@@ -132,6 +132,8 @@ def _gemm(
             gate, up_part = tl.split(tl.permute(tl.reshape(total, [2, EACH, BLOCK_M]), [1, 2, 0]))
             _store(activate(gate, ACT) * up_part, residual, residual_stride, y, m, block * EACH, M, n)
         else:
+            if ACT != "":
+                total = activate(total, ACT)
             _store(total, residual, residual_stride, y, m, block * EACH, M, n)
 
 
@@ -186,7 +188,7 @@ def _bind(
 ) -> Launch:  # fmt: skip
     count, block_m, block_n, block_k, stages, warps, parts = config
     blocks_m, per_part = triton.cdiv(m, block_m), triton.cdiv(triton.cdiv(k, block_k), parts) * block_k
-    blocks = [triton.cdiv(n, block_n) for n in ((2 * sizes[0],) if act else sizes)]
+    blocks = [triton.cdiv(n, block_n) for n in ((sum(sizes),) if act else sizes)]
     scalars = (
         m, blocks_m * block_m, residual_stride, per_part, *three(sizes), *three(strides), blocks[0], sum(blocks[:2]),
         k, len(sizes), act, count, block_m, block_n, block_k, stages, parts, ahead,
@@ -210,7 +212,7 @@ def gemm(
     residual: Tensor | None = None, act: str = "", config: Config | None = None, digits: Split = split,
 ) -> list[Tensor]:  # fmt: skip
     """x [..., K], 1 to 3 int8 weights as :func:`_gemv.reason` has them; one output [..., N_i] each, or with ``act``
-    act(W_0 x) * (W_1 x). ``digits`` splits x, or what it makes of x."""
+    act(W_0 x) (* (W_1 x)). ``digits`` splits x, or what it makes of x."""
     lead, x = x.shape[:-1], rows(x)
     m, k = x.shape
     sizes = tuple([w.shape[0] for w in weights])

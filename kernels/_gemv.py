@@ -1,6 +1,6 @@
 """Matrix-vector products of 2 to 8 rows with 16-bit weights, streamed through registers into the tensor cores.
 
-    y_i = x W_i^T (+ bias_i) (+ residual)        or        y = act(x W_0^T + b_0) * (x W_1^T + b_1)
+    y_i = x W_i^T (+ bias_i) (+ residual)    or    y = act(x W_0^T + b_0) (* (x W_1^T + b_1))
 
 A warp holds 8 weight rows by 64 bytes, 16 bytes to a lane, which is at once what a 128-bit load gives and the
 B operand of two ``mma.sync`` (m16n8k8) once the order of K within those 64 bytes is permuted in both operands alike. So
@@ -150,7 +150,8 @@ def _gemv(
     K_WARPS: tl.constexpr, GROUPS: tl.constexpr, AHEAD: tl.constexpr, BATCH: tl.constexpr, PDL: tl.constexpr,
     ASM: tl.constexpr,
 ):  # fmt: skip
-    """8 ROW_WARPS GROUPS rows of one weight, or under ACT 8 ROW_WARPS rows of both. ``first``: its first program."""
+    """8 ROW_WARPS GROUPS rows of one weight, or 8 ROW_WARPS rows of each of two under ACT. ``first``: its first
+    program."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     TYPE: tl.constexpr = w0.dtype.element_ty
@@ -158,18 +159,19 @@ def _gemv(
     WORDS: tl.constexpr = K // 2
     STEP: tl.constexpr = K_WARPS * 16
     STEPS: tl.constexpr = (WORDS + STEP - 1) // STEP
-    PAIR: tl.constexpr = ACT != "" or GROUPS == 2
+    BOTH: tl.constexpr = ACT != "" and MEMBERS == 2
+    PAIR: tl.constexpr = BOTH or GROUPS == 2
 
     pid = tl.program_id(0)
     w, b, y, n, stride = w0, b0, y0, n0, stride0
-    if ACT == "" and MEMBERS > 1:
+    if MEMBERS > 1 and not BOTH:
         which = (pid >= first1).to(tl.int32) + (pid >= first2).to(tl.int32)
         w, y, n = pick(which, w0, w1, w2, MEMBERS), pick(which, y0, y1, y2, MEMBERS), pick(which, n0, n1, n2, MEMBERS)
         stride = pick(which, stride0, stride1, stride2, MEMBERS)
         if b0 is not None:
             b = pick(which, b0, b1, b2, MEMBERS)
         pid -= pick(which, 0, first1, first2, MEMBERS)
-    start = pid * (8 * ROW_WARPS * (1 if ACT != "" else GROUPS))
+    start = pid * (8 * ROW_WARPS * (1 if BOTH else GROUPS))
 
     # Element i: warp i // 128 (of ROW_WARPS by K_WARPS), then 8 rows, then 4 lanes of 4 words each.
     i = tl.arange(0, WARPS * 128)
@@ -178,7 +180,7 @@ def _gemv(
     row = start + i // (128 * K_WARPS) * 8 + g
     at = w.to(tl.pointer_type(tl.int32)) + tl.minimum(row, n - 1).to(tl.int64) * (stride // 2) + word
     at2 = at
-    if ACT != "":
+    if BOTH:
         at2 = w1.to(tl.pointer_type(tl.int32)) + tl.minimum(row, n - 1).to(tl.int64) * (stride1 // 2) + word
     elif PAIR:
         row += 8 * ROW_WARPS
@@ -194,11 +196,11 @@ def _gemv(
             tiles2 += (_load(at2, word, j, STEP, WORDS, False),)
     column = start + 8 * tl.arange(0, ROW_WARPS)[:, None, None, None] + 2 * tl.arange(0, 4)[None, None, :, None]
     column += tl.arange(0, 2)[None, None, None, :]
-    column2 = column if ACT != "" else column + 8 * ROW_WARPS
+    column2 = column if BOTH else column + 8 * ROW_WARPS
     bias, bias2 = 0.0, 0.0
     if b0 is not None:
         bias = _column(b, column, n)
-        bias2 = _column(b1 if ACT != "" else b, column2, n) if PAIR else bias
+        bias2 = _column(b1 if BOTH else b, column2, n) if PAIR else bias
     if PDL:
         tl.extra.cuda.gdc_wait()
 
@@ -236,11 +238,16 @@ def _gemv(
     m = tl.arange(0, 8)[None, :, None, None]
     value = _rows(acc, ROW_WARPS, K_WARPS) + bias
     if ACT != "":
-        _store(y, activate(value, ACT) * (_rows(acc2, ROW_WARPS, K_WARPS) + bias2), None, 0, m, column, M, n)
-    else:
-        _store(y, value, residual, residual_stride, m, column, M, n)
-        if PAIR:
-            _store(y, _rows(acc2, ROW_WARPS, K_WARPS) + bias2, residual, residual_stride, m, column2, M, n)
+        value = activate(value, ACT)
+    if PAIR:
+        value2 = _rows(acc2, ROW_WARPS, K_WARPS) + bias2
+        if BOTH:
+            value *= value2
+        else:
+            if ACT != "":
+                value2 = activate(value2, ACT)
+            _store(y, value2, residual, residual_stride, m, column2, M, n)
+    _store(y, value, residual, residual_stride, m, column, M, n)
 
 
 @jit
@@ -313,7 +320,7 @@ def _bind(
         k_warps //= 2
     steps = k // (32 * k_warps)  # whole ones
     depth = min(depth, steps)
-    block = 8 * row_warps * (1 if act else groups)
+    block = 8 * row_warps * (1 if act and len(sizes) == 2 else groups)
     blocks = [triton.cdiv(n, block) for n in (sizes[:1] if act else sizes)]
     scalars = (
         strides[0], residual_stride, *three(sizes), *three(strides[1:]), blocks[0], sum(blocks[:2]),

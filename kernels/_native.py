@@ -34,8 +34,8 @@ FLAGS = ["-std=c++17", "-O3", "-fPIC", "-shared", "-w"]
 TUNING = ["-march=native", "-mcpu=native", None]  # the first that the compiler takes
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.bool: 4}
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
-ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
-NO_ACTIVATION = 4
+ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu_squared": 4, "quick_gelu": 5}
+NO_ACTIVATION = 6
 ERRORS = {1: (IndexError, "a cache position is out of range"), 2: (MemoryError, "no memory for scratch")}
 
 threads = torch.get_num_threads
@@ -269,8 +269,8 @@ def linear_reason(
         return f"the CPU linears take floating activations, not {x.dtype}"
     if weight.dtype != (x.dtype if scale is None else torch.int8):
         return "the CPU linears take a weight in x's dtype, or int8 with a scale"
-    if weight.dim() != 2 or weight.stride(1) != 1:
-        return "the CPU linears take a weight [N, K] whose rows are contiguous"
+    if weight.dim() != 2 or not (weight.stride(1) == 1 or (scale is None and weight.stride(0) == 1)):
+        return "the CPU linears take a weight [N, K] whose rows (or columns, unless in int8) are contiguous"
     if scale is not None and (scale.dtype != torch.float32 or scale.shape != weight.shape[:1] or scale.stride(0) != 1):
         return "the CPU linears take a dense float32 scale [N]"
     if bias is not None and (bias.dtype != x.dtype or bias.shape != weight.shape[:1] or bias.stride(0) != 1):
@@ -278,7 +278,12 @@ def linear_reason(
     return reason(x, weight, scale, bias)
 
 
-_pack_linear = [packer(f"{8 + 7 * count}q") for count in range(9)]
+def by_columns(weight: torch.Tensor) -> bool:
+    """Whether ``weight`` [N, K] lies in memory as [K, N], as that of transformers' Conv1D does."""
+    return weight.stride(1) != 1
+
+
+_pack_linear = [packer(f"{9 + 7 * count}q") for count in range(9)]
 MOST_PARTS = len(_pack_linear) - 1
 
 
@@ -308,21 +313,23 @@ def part(
     return (
         weight.data_ptr(), 0 if scale is None else scale.data_ptr(), 0 if bias is None else bias.data_ptr(),
         0 if residual is None else residual.data_ptr(), 0 if y is None else y.data_ptr(),
-        weight.shape[0], weight.stride()[0],
+        weight.shape[0], weight.stride()[by_columns(weight)],
     )  # fmt: skip
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, act: int, count: int, fields: Sequence[int]) -> None:
     """Run the ``count`` linears whose :func:`part` fields follow each other in ``fields`` (weights of ``weight``'s
-    dtype and K) on the contiguous ``x``.
+    dtype, layout and K) on the contiguous ``x``.
 
-    ``act`` other than ``NO_ACTIVATION``: the parts are gate and up, and act(gate) * up goes to the first part's y.
+    ``act`` other than ``NO_ACTIVATION``: of one part, act(it) goes to its y; of two, gate and up, act(gate) * up goes
+    to the first part's y.
     """
     width = weight.shape[1]
     call(
         "tf_linear",
         _pack_linear[count](
-            x.data_ptr(), x.numel() // width, width, DTYPES[x.dtype], DTYPES[weight.dtype], act, threads(), count,
+            x.data_ptr(), x.numel() // width, width, DTYPES[x.dtype], DTYPES[weight.dtype], by_columns(weight), act,
+            threads(), count,
             *fields,
         ),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Matrix-vector products for one row of x: y_i = W_i x (* scale_i) (+ bias_i) (+ residual), or act(W_0 x) * (W_1 x).
+"""Matrix-vector products for one row of x: y_i = W_i x (* scale_i) (+ bias_i) (+ residual), or act(W_0 x) (* (W_1 x)).
 
 A program loads all of its weight rows before it waits for the kernel that makes x, in memory order. Int8 weights meet
 int8 digits of x (``_gemm.split``) four at a time in ``dp4a``, with exact int32 sums and no conversion of a weight;
@@ -94,12 +94,12 @@ def _one_row(
     DIGITS: tl.constexpr, NORM: tl.constexpr, UNIT_OFFSET: tl.constexpr, CAST_FIRST: tl.constexpr, PDL: tl.constexpr,
     ASM: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows of one weight, or under ACT of both. ``first``: its first program. int8: x is [DIGITS, K] digits. NORM:
-    the 16-bit weights meet the RMS norm of x."""
+    """ROWS rows of one weight, or of each of two under ACT. ``first``: its first program. int8: x is [DIGITS, K]
+    digits. NORM: the 16-bit weights meet the RMS norm of x."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     INT: tl.constexpr = tl.int8 == w0.dtype.element_ty
-    PAIR: tl.constexpr = ACT != ""
+    PAIR: tl.constexpr = ACT != "" and MEMBERS == 2
     EACH: tl.constexpr = 4 if INT else 1  # elements of the rows in one of what is loaded
     COUNT: tl.constexpr = K // EACH
     VECTOR: tl.constexpr = 4 if INT else 8  # 16 bytes to a thread
@@ -171,8 +171,10 @@ def _one_row(
             if PAIR:
                 total2 += _lanes(tiles2[step].to(tl.float32) * v, ROWS, STEP, VECTOR)
     value = tl.sum(total, 1) * scale + bias
+    if ACT != "":
+        value = activate(value, ACT)
     if PAIR:
-        value = activate(value, ACT) * (tl.sum(total2, 1) * scale2 + bias2)
+        value *= tl.sum(total2, 1) * scale2 + bias2
     if residual is not None:
         value += tl.load(residual + row, mask=live, other=0.0).to(tl.float32)
     tl.store(y + row, value.to(y.dtype.element_ty), mask=live)
@@ -222,7 +224,7 @@ def one_row(
         x = x.clone(memory_format=torch.contiguous_format)
     int8 = weights[0].dtype == torch.int8
     sizes = tuple([w.shape[0] for w in weights])
-    config = config or tile(k if int8 else 2 * k, sum(sizes), int8, act != "", norm is not None)
+    config = config or tile(k if int8 else 2 * k, sum(sizes), int8, act != "" and len(sizes) == 2, norm is not None)
     outs = [x.new_empty((*lead, n)) for n in (sizes[:1] if act else sizes)]
     residual = None if residual is None else residual.reshape(sizes[0]).contiguous()
     gain = None if norm is None else norm.weight

@@ -24,6 +24,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
+    "relu_squared": lambda x: F.relu(x).square(),  # So et al., 2021
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),  # Hendrycks and Gimpel, 2016
 }
 
 
@@ -44,9 +46,14 @@ def activate(x, ACT: tl.constexpr):
     elif ACT == "gelu_tanh":
         # 1 + tanh(u) = 2 / (1 + exp(-2 u)), u = sqrt(2 / pi) (x + 0.044715 x^3)
         return x / (1.0 + tl.exp(-1.5957691216057308 * x * (1.0 + 0.044715 * x * x)))
-    else:
-        tl.static_assert(ACT == "relu")
+    elif ACT == "quick_gelu":
+        return x / (1.0 + tl.exp(-1.702 * x))
+    elif ACT == "relu":
         return tl.where(x < 0.0, 0.0, x)
+    else:
+        tl.static_assert(ACT == "relu_squared")
+        y = tl.where(x < 0.0, 0.0, x)
+        return y * y
 
 
 @jit(do_not_specialize=["per_row", "n1", "n2"])

@@ -28,6 +28,8 @@ def supports_native(
         return f"the CPU linears take at most {_native.MOST_PARTS} weights together"
     if any(weight.dtype != weights[0].dtype for weight in weights):
         return "the CPU linears take weights of one dtype together"
+    if any(_native.by_columns(weight) != _native.by_columns(weights[0]) for weight in weights):
+        return "the CPU linears take weights of one layout together"
     reasons = (_native.linear_reason(x, w, s, b) for w, s, b in zip(weights, scales, biases, strict=True))
     return next(filter(None, reasons), None)
 

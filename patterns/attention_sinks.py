@@ -30,11 +30,14 @@ bias, sinks = tensor("bias sinks")
 factor, inside = scalar("factor"), anything("inside")
 
 
-def with_one_more_key(m):
+def attend_one_more_key(m, mask, sink):
     padding = (0, 0, 0, 1)
-    heads = call(torch.Tensor.expand, m.bias, (-1, m.shape("q")[1], -1, -1))
-    mask = call(torch.cat, (heads, m.sinks), 3)
+    mask = call(torch.cat, (mask, sink), 3)
     return [call(attention, m.q, call(F.pad, m.k, padding), call(F.pad, m.v, padding), mask, m.factor, False)]
+
+
+def with_one_more_key(m):
+    return attend_one_more_key(m, call(torch.Tensor.expand, m.bias, (-1, m.shape("q")[1], -1, -1)), m.sinks)
 
 
 def one_dtype(m):

@@ -3,13 +3,12 @@
 import operator
 
 import torch
-import torch.nn.functional as F
 
 import tinyfuse.kernels.gated_act
 import tinyfuse.kernels.gated_linear  # noqa: F401
-from tinyfuse.graph import nodes
 from tinyfuse.graph.nodes import same_shape, value
 from tinyfuse.graph.pattern import Check, Pattern, anything, call, optional, scalar, tensor
+from tinyfuse.patterns.linear_act import CONSTANTS, constants, spellings
 
 ops = torch.ops.tinyfuse
 gate, up, x, w, w_gate, w_up = tensor("gate up x w w_gate w_up")
@@ -27,16 +26,13 @@ def lift(name, activation):
         name=f"gated_{name}",
         stage="lift",
         roots=(activation * up,),
-        where=(alike,),
+        where=(alike, *constants),
         to=lambda m: [call(ops.gated_act.default, m.gate, m.up, name)],
-        example=lambda: {"gate": torch.randn(2, 3, 8), "up": torch.randn(2, 3, 8)},
+        example=lambda: {"gate": torch.randn(2, 3, 8), "up": torch.randn(2, 3, 8), **CONSTANTS},
     )
 
 
-silu = lift("silu", call(F.silu, gate))
-gelu = lift("gelu", call(nodes.gelu, gate, "none"))
-gelu_tanh = lift("gelu_tanh", call(nodes.gelu, gate, "tanh"))
-relu = lift("relu", call(F.relu, gate))
+GATED = [lift(name, activation) for name, activation in spellings(gate).items()]
 
 gated_linear = Pattern(
     name="gated_linear",

@@ -1,4 +1,4 @@
-"""Linear layers: ``F.linear``, ``x @ w.T`` (Falcon), and GPT-2's ``Conv1D`` (``addmm`` with a transposed weight)."""
+"""Linear layers: ``F.linear``, and GPT-2's ``Conv1D`` (``addmm`` with a transposed weight)."""
 
 import torch
 import torch.nn.functional as F
@@ -22,15 +22,6 @@ linear = Pattern(
     where=(one_dtype, matrix),
     to=lambda m: [call(linear_op, m.x, m.w, None, m.b, None)],
     example=lambda: {"x": torch.randn(2, 3, 8), "w": torch.randn(6, 8), "b": torch.randn(6)},
-)
-
-matmul = Pattern(
-    name="linear_matmul",
-    stage="lift",
-    roots=(call(torch.matmul, x, call(torch.transpose, w, 0, 1)),),
-    where=(one_dtype, matrix),
-    to=lambda m: [call(linear_op, m.x, m.w, None, None, None)],
-    example=lambda: {"x": torch.randn(2, 3, 8), "w": torch.randn(6, 8)},
 )
 
 

@@ -9,8 +9,8 @@ import tinyfuse.kernels.rms_norm_linear_group  # noqa: F401
 from tinyfuse.graph.pattern import Pattern, anything, call, optional, scalar, tensor
 
 ops = torch.ops.tinyfuse
-x, w_gate, w_up = tensor("x w_gate w_up")
-weight, s_gate, s_up, b_gate, b_up = optional("weight s_gate s_up b_gate b_up")
+x, w_gate = tensor("x w_gate")
+weight, w_up, s_gate, s_up, b_gate, b_up = optional("weight w_up s_gate s_up b_gate b_up")
 eps = scalar("eps")
 unit_offset, cast_first, act = anything("unit_offset cast_first act")
 normed = call(ops.rms_norm.default, x, weight, eps, unit_offset, cast_first)

@@ -102,7 +102,8 @@ def test_norms_and_rotation(compiled):
     add_rms_norm.run_triton(x, x, gain, 1e-5, True, False)
     layer_norm.run_triton(x, gain, gain, 1e-5)
     add_layer_norm.run_triton(x, x, gain, gain, 1e-5)
-    gated_act.run_triton(x, x, "gelu")
+    for act in gated_act.ACTIVATIONS:
+        gated_act.run_triton(x, x, act)
     heads, table, cache, pos = ones(1, 4, 2, 64), ones(1, 1, 2, 64), ones(1, 4, 9, 64), torch.arange(2)
     for interleaved in (False, True):
         rope.run_triton(heads, table, table, interleaved)
@@ -143,17 +144,21 @@ def test_linears(compiled, int8):
     rms_norm_linear_group.run_one_row(x, *norm, weights, scales, none)
     pair = weights[1], weights[2], scales[1], scales[2], None, None, "silu"
     rms_norm_gated_linear.run_one_row(x, *norm, *pair)
+    alone = weights[0], None, scales[0], None, None, None, "relu_squared"
+    rms_norm_gated_linear.run_one_row(x, *norm, *alone)
     several = x.expand(4, K)
     if int8:
         for rows in (4, 40, 200):
             _gemm.gemm(x.repeat(rows, 1), weights[:1], scales[:1], [None], ones(rows, 256))
         rms_norm_linear_group.run_tensor_core(several, *norm, weights, scales, none)
         rms_norm_gated_linear.run_tensor_core(several, *norm, *pair)
+        rms_norm_gated_linear.run_tensor_core(several, *norm, *alone)
         _gemm.dequantize(weights[0], scales[0], BF16)
         assert {"_one_row", "_split", "_norm_split", "_gemm", "_cast"} <= set(compiled)
     else:
         _gemv.gemv(several, weights, none)
         _gemv.gemv(several, weights[:2], none[:2], None, "silu")
+        _gemv.gemv(several, weights[:1], none[:1], None, "gelu")
         assert {"_one_row", "_gemv"} <= set(compiled)
 
 

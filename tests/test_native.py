@@ -92,6 +92,24 @@ def test_linear(M, N, K, dtype, int8, threads):
         assert_as_exact_as_eager(name, run(linear, *args), eager, exact)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "M, N, K", [(1, 576, 576), (1, 4801, 23), (1, 37, 341), (2, 5, 1), (3, 192, 64), (8, 67, 1537), (19, 530, 300)]
+)
+def test_linear_by_columns(M, N, K, dtype, threads):
+    """The weight of a Conv1D, a view of a wider one; what surrounds it is not read."""
+    x, whole = activations(M, K, dtype), torch.full((K + 2, N + 3), float("nan"), dtype=dtype)
+    whole[1:-1, 2:-1] = float_weight(N, K, dtype).T
+    weight = whole[1:-1, 2:-1].T
+    bias, residual = torch.randn(N).to(dtype), torch.randn(M, N).to(dtype)
+    for b, r in itertools.product((None, bias), (None, residual)):
+        args = (x, weight, None, b, r)
+        assert_as_exact_as_eager("linear", run(linear, *args), linear.reference(*args), exact_linear(*args))
+    args = (x, weight, None, None, None, bias, None, "gelu_tanh")
+    exact = gated_act.ACTIVATIONS["gelu_tanh"](exact_linear(x, weight, None, bias, None))
+    assert_as_exact_as_eager("gated_linear", run(gated_linear, *args), gated_linear.reference(*args), exact)
+
+
 @pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
 def test_linear_group_and_gated_linear(int8, threads):
     x = activations(3, 576, torch.bfloat16)[None]
@@ -109,6 +127,27 @@ def test_linear_group_and_gated_linear(int8, threads):
     for act, function in gated_act.ACTIVATIONS.items():
         out, eager = run(gated_linear, *args, act), gated_linear.reference(*args, act)
         assert_as_exact_as_eager("gated_linear", out, eager, function(gate) * up)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
+@pytest.mark.parametrize("M, N, K", [(1, 576, 576), (5, 67, 341)])
+def test_linear_with_its_activation(M, N, K, int8, dtype, threads):
+    x = activations(2 * M, K, dtype)[::2]
+    weight, scale = int8_weight(N, K) if int8 else (float_weight(N, K, dtype), None)
+    bias = torch.randn(N).to(dtype)
+    for act, function in gated_act.ACTIVATIONS.items():
+        args = (x, weight, None, scale, None, bias, None, act)
+        exact, eager = function(exact_linear(x, weight, scale, bias, None)), gated_linear.reference(*args)
+        assert_as_exact_as_eager("gated_linear", run(gated_linear, *args), eager, exact)
+
+
+def test_gelu_far_below_zero_does_not_cancel():
+    gate = torch.linspace(-12, 12, 2401)
+    out, exact = run(gated_act, gate, torch.ones(2401), "gelu"), F.gelu(gate.double())
+    near = gate.abs() < 5
+    assert ((out - exact)[near].abs() <= 5e-6 * exact[near].abs()).all()
+    assert ((out - exact).abs() <= (F.gelu(gate) - exact).abs() + 4e-7).all()
 
 
 @pytest.mark.parametrize("value", [1.0, -3.0])
@@ -298,7 +337,9 @@ def test_left_padding_and_fully_masked_rows():
 
 def test_unsupported_arguments_are_declined_with_a_reason():
     x, weight = torch.randn(2, 8), torch.randn(4, 8)
-    assert "rows are contiguous" in linear.supports_native(x, torch.randn(8, 4).T, None, None, None)
+    assert "are contiguous" in linear.supports_native(x, torch.randn(4, 16)[:, ::2], None, None, None)
+    columns = torch.ones(8, 4, dtype=torch.int8).T
+    assert "unless in int8" in linear.supports_native(x, columns, torch.ones(4), None, None)
     assert "x's dtype" in linear.supports_native(x, weight.bfloat16(), None, None, None)
     assert "floating" in linear.supports_native(x.double(), weight.double(), None, None, None)
     assert "scale" in linear.supports_native(x, weight.to(torch.int8), torch.ones(4, 1), None, None)

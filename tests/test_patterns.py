@@ -103,3 +103,11 @@ def test_an_inner_value_that_is_used_elsewhere_is_kept(pattern: Pattern) -> None
         stock, fused = Built(roots, example, [extra]), Built(roots, example, [extra])
         fused.rewrite([pattern])
         assert_equal(stock, fused)
+
+
+@pytest.mark.parametrize("other", [{"slope": 0.8}, {"cubic": 0.0447}])
+@pytest.mark.parametrize("name", ["linear_gelu_tanh", "gated_gelu_tanh"])
+def test_a_cubic_that_is_not_that_of_gelu_is_left_alone(name: str, other: dict[str, float]) -> None:
+    pattern = next(p for p in PATTERNS if p.name == name)
+    for roots in pattern.alternates()[-2:]:  # the two written out
+        assert not Built(roots, example_of(pattern) | other).rewrite([pattern]).hits

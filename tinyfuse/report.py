@@ -284,7 +284,7 @@ def _unknown(anchor: Anchor) -> str:
     if anchor.kind == "activation" and not anchor.detail.startswith("gated"):
         if anchor.detail.endswith(WRITTEN_OUT):
             return f"{anchor.detail} as single operations, which no pattern covers"
-        return f"{anchor.detail} without a gate is one kernel of stock torch, there is nothing to fuse it with"
+        return f"{anchor.detail} does not take a linear layer's result as it is: alone it is one kernel of stock torch"
     if anchor.kind == "linear" and anchor.detail == "experts":
         return "expert weights are multiplied by stock torch: tinyfuse has no kernel for grouped products"
     if anchor.detail == "softmax, softcap":

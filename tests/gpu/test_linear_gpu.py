@@ -12,6 +12,7 @@ from tinyfuse.kernels import (
     _gemv,
     _norm_digits,
     _one_row,
+    gated_act,
     gated_linear,
     linear,
     linear_group,
@@ -85,6 +86,12 @@ def test_group_and_gated(M, dtype):
     eager = gated_linear.reference(x, *given, None, None, None, None, act)
     exact = gated_linear.reference(x.double(), *wide, None, None, None, None, act)
     assert_as_exact_as_eager("gated_linear", out, eager, exact)
+    bias = torch.randn(333, device="cuda").bfloat16()
+    for act in gated_act.ACTIVATIONS:
+        out = gated_linear.OP(x, gate, None, s_gate, None, bias, None, act)
+        eager = gated_linear.reference(x, given[0], None, None, None, bias, None, act)
+        exact = gated_linear.reference(x.double(), wide[0], None, None, None, bias.double(), None, act)
+        assert_as_exact_as_eager("gated_linear", out, eager, exact)
 
 
 @pytest.mark.parametrize("M", [1, 2, 7, 40, 300])

@@ -6,6 +6,7 @@ from tinyfuse.kernels import (
     _gemm,
     _gemv,
     _one_row,
+    gated_act,
     gated_linear,
     linear,
     rms_norm_gated_linear,
@@ -77,7 +78,7 @@ def test_group_writes_each_output():
         assert_as_exact_as_eager("linear_group", out, eager(x, w, None), exact(x, w, None))
 
 
-@pytest.mark.parametrize("act", ["silu", "gelu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize("act", gated_act.ACTIVATIONS)
 @pytest.mark.parametrize("int8, M", [(False, 1), (True, 1), (True, 5)])
 def test_gated(act, int8, M):
     torch.manual_seed(0)
@@ -92,6 +93,19 @@ def test_gated(act, int8, M):
     full = [w.double() if s is None else w.double() * s.double()[:, None] for w, s in ((gate, s_gate), (up, s_up))]
     near = gated_linear.reference(x, *given, None, None, *biases, act)
     true = gated_linear.reference(x.double(), *full, None, None, *map(wide, biases), act)
+    assert_as_exact_as_eager("gated_linear", out, near, true)
+
+
+@pytest.mark.parametrize("int8, M", [(False, 1), (True, 1), (False, 5), (True, 5)])
+def test_activation_of_one_weight(int8, M):
+    torch.manual_seed(0)
+    x = rows(M)
+    w, scale = weights(27, torch.int8 if int8 else x.dtype)
+    bias = torch.randn(27).bfloat16()
+    run = gated_linear.run_tensor_core if int8 and M > 1 else gated_linear.run_gemv
+    out = run(x, w, None, scale, None, bias, None, "gelu")
+    near, true = torch.nn.functional.gelu(eager(x, w, scale, bias)), torch.nn.functional.gelu(exact(x, w, scale, bias))
+    assert out.shape == (M, 27)
     assert_as_exact_as_eager("gated_linear", out, near, true)
 
 
@@ -183,3 +197,7 @@ def test_norm_in_front(M, int8, unit_offset, cast_first):
     near = rms_norm_gated_linear.reference(x, *norm, given[0], up16, None, None, None, None, "silu")
     true = rms_norm_gated_linear.reference(x.double(), *wide_norm, full[0], up64, None, None, None, None, "silu")
     assert_as_exact_as_eager("gated_linear", out, near, true)
+    alone = gate[0], None, gate[1], None, None, None, "relu_squared"
+    near = rms_norm_gated_linear.reference(x, *norm, given[0], None, None, None, None, None, "relu_squared")
+    true = rms_norm_gated_linear.reference(x.double(), *wide_norm, full[0], *[None] * 5, "relu_squared")
+    assert_as_exact_as_eager("gated_linear", run(x, *norm, *alone), near, true)

@@ -25,9 +25,9 @@ from tinyfuse.graph.nodes import baddbmm, cast, gelu, is_static, is_tensor, max_
 
 _METHODS: dict[str, Callable] = {
     "add": torch.add, "sub": torch.sub, "mul": torch.mul, "div": torch.div, "neg": torch.neg, "pow": torch.pow,
-    "square": torch.square, "rsqrt": torch.rsqrt, "sqrt": torch.sqrt, "mean": torch.mean, "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh, "cos": torch.cos, "sin": torch.sin, "matmul": torch.matmul, "bmm": torch.bmm,
-    "baddbmm": baddbmm, "max": max_along,
+    "square": torch.square, "rsqrt": torch.rsqrt, "sqrt": torch.sqrt, "mean": torch.mean, "sum": torch.sum,
+    "sigmoid": torch.sigmoid, "tanh": torch.tanh, "cos": torch.cos, "sin": torch.sin, "matmul": torch.matmul,
+    "bmm": torch.bmm, "baddbmm": baddbmm, "max": max_along,
     "softmax": torch.softmax, "view": torch.reshape, "reshape": torch.reshape, "transpose": torch.transpose,
     "permute": torch.permute, "unsqueeze": torch.unsqueeze, "squeeze": torch.squeeze, "flatten": torch.flatten,
     "chunk": torch.chunk, "split": torch.split, "expand": torch.Tensor.expand,
@@ -52,7 +52,9 @@ _SIGNATURES: dict[Callable, dict[str, Any]] = {
     torch.div: {"input": _REQUIRED, "other": _REQUIRED},
     torch.pow: {"input": _REQUIRED, "exponent": _REQUIRED},
     torch.mean: {"input": _REQUIRED, "dim": None, "keepdim": False},
+    torch.sum: {"input": _REQUIRED, "dim": None, "keepdim": False},
     torch.softmax: {"input": _REQUIRED, "dim": _REQUIRED, "dtype": None},
+    torch.logsumexp: {"input": _REQUIRED, "dim": _REQUIRED, "keepdim": False},
     torch.transpose: {"input": _REQUIRED, "dim0": _REQUIRED, "dim1": _REQUIRED},
     torch.unsqueeze: {"input": _REQUIRED, "dim": _REQUIRED},
     torch.chunk: {"input": _REQUIRED, "chunks": _REQUIRED, "dim": 0},
@@ -86,8 +88,8 @@ _DTYPE_METHODS = {
 }
 _SHAPE_ARGS = {torch.reshape, torch.permute, torch.Tensor.expand}
 _DIM_ARGS = {
-    torch.mean: (1,), torch.softmax: (1,), torch.transpose: (1, 2), torch.chunk: (2,), torch.split: (2,),
-    torch.flatten: (1, 2), torch.cat: (1,), max_along: (1,),
+    torch.mean: (1,), torch.sum: (1,), torch.softmax: (1,), torch.logsumexp: (1,), torch.transpose: (1, 2),
+    torch.chunk: (2,), torch.split: (2,), torch.flatten: (1, 2), torch.cat: (1,), max_along: (1,),
 }  # fmt: skip
 
 
