@@ -286,7 +286,7 @@ def _unknown(anchor: Anchor) -> str:
             return f"{anchor.detail} as single operations, which no pattern covers"
         return f"{anchor.detail} without a gate is one kernel of stock torch, there is nothing to fuse it with"
     if anchor.kind == "linear" and anchor.detail == "experts":
-        return "expert weights are multiplied by stock torch: tinyfuse has no kernel for grouped products"
+        return "expert weights stored by columns, [E, K, N], are multiplied by stock torch; int8 ones are stored by rows"
     if anchor.detail == "softmax, softcap":
         return "its scores pass through a softcap (tanh), which no pattern covers"
     if anchor.detail == "softmax":
