@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tinyfuse.kernels import _experts, _native, experts_linear, gated_act
+from tinyfuse.kernels import _experts, _experts_gemm, _native, experts_linear, gated_act
 from tinyfuse.op import Kernel, register
 
 
@@ -42,18 +42,34 @@ def run_native(
 # --- GPU ---
 
 
+def misfit(act: str) -> str | None:
+    """Why no GPU kernel applies ``act``."""
+    known = ", ".join(gated_act.ACTIVATIONS)
+    return None if act in gated_act.ACTIVATIONS else f"the GPU kernels for experts know {known}, not {act}"
+
+
 def supports_pairs(
     x: Tensor, weight: Tensor, scale: Tensor | None, offs: Tensor | None, ids: Tensor | None, act: str
 ) -> str | None:
-    if act not in gated_act.ACTIVATIONS:
-        return "the GPU kernel for experts takes a known activation"
-    return _experts.reason(x, weight, scale, offs, ids)
+    return misfit(act) or _experts.reason(x, weight, scale, offs, ids)
 
 
 def run_pairs(
     x: Tensor, weight: Tensor, scale: Tensor | None, offs: Tensor | None, ids: Tensor | None, act: str
 ) -> Tensor:
     return _experts.pairs(x, weight, scale, offs, ids, act)
+
+
+def supports_tensor_core(
+    x: Tensor, weight: Tensor, scale: Tensor | None, offs: Tensor | None, ids: Tensor | None, act: str
+) -> str | None:
+    return misfit(act) or experts_linear.supports_tensor_core(x, weight, scale, offs, ids)
+
+
+def run_tensor_core(
+    x: Tensor, weight: Tensor, scale: Tensor | None, offs: Tensor, ids: Tensor | None, act: str
+) -> Tensor:
+    return _experts_gemm.experts_gemm(x, weight, scale, offs, act)
 
 
 def supports_each(
@@ -79,6 +95,7 @@ OP = register(
     kernels=[
         Kernel("native", "cpu", supports_native, run_native),
         Kernel("pairs", "cuda", supports_pairs, run_pairs),
+        Kernel("tensor_core", "cuda", supports_tensor_core, run_tensor_core),
         Kernel("each", "cuda", supports_each, run_each),
     ],
 )

@@ -2,8 +2,8 @@
 
 x [S, K]; weight [E, N, K] in x's dtype, or int8 with scale fp32 [E, N]; y [S, N] in x's dtype, contiguous.
 Either ``ids`` int64 [S] are the experts of the rows, or the rows are sorted by expert and ``offs`` int32 [E] says where
-those of each end. Rows behind the last end are zeros, except that torch's own grouped product on a GPU
-leaves them unwritten. Sums run in fp32 or wider and are rounded once.
+those of each end; rows behind the last end are zeros on a CPU, and anything on a GPU. Sums run in fp32 or wider and are
+rounded once.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tinyfuse.kernels import _experts, _native, dequantize
+from tinyfuse.kernels import _experts, _experts_gemm, _native, dequantize
 from tinyfuse.op import Kernel, register
 
 
@@ -68,6 +68,18 @@ def run_pairs(x: Tensor, weight: Tensor, scale: Tensor | None, offs: Tensor | No
     return _experts.pairs(x, weight, scale, offs, ids)
 
 
+def supports_tensor_core(
+    x: Tensor, weight: Tensor, scale: Tensor | None, offs: Tensor | None, ids: Tensor | None
+) -> str | None:
+    if scale is None and x.dtype == torch.bfloat16:
+        return "torch's grouped product multiplies bfloat16 weights"
+    return _experts_gemm.reason(x, weight, scale, offs)
+
+
+def run_tensor_core(x: Tensor, weight: Tensor, scale: Tensor | None, offs: Tensor, ids: Tensor | None) -> Tensor:
+    return _experts_gemm.experts_gemm(x, weight, scale, offs)
+
+
 def supports_grouped(
     x: Tensor, weight: Tensor, scale: Tensor | None, offs: Tensor | None, ids: Tensor | None
 ) -> str | None:
@@ -95,6 +107,7 @@ OP = register(
     kernels=[
         Kernel("native", "cpu", supports_native, run_native),
         Kernel("pairs", "cuda", supports_pairs, run_pairs),
+        Kernel("tensor_core", "cuda", supports_tensor_core, run_tensor_core),
         Kernel("grouped", "cuda", supports_grouped, run_grouped),
     ],
 )

@@ -23,6 +23,7 @@ from tinyfuse.kernels import (
     _attention_decode,
     _attention_prefill,
     _experts,
+    _experts_gemm,
     _gemm,
     _gemv,
     _greedy,
@@ -45,7 +46,7 @@ from tinyfuse.kernels import (
 from tinyfuse.kernels._triton import rehearsal
 
 BF16 = torch.bfloat16
-READ_WEIGHTS = {"_gemm", "_gemv", "_one_row", "_cast", "_pairs"}
+READ_WEIGHTS = {"_gemm", "_gemv", "_one_row", "_cast", "_pairs", "_experts_gemm"}
 HOPPER = SimpleNamespace(
     get_current_device=lambda: 99,  # no real one's
     get_current_stream=lambda device: 0,
@@ -160,7 +161,10 @@ def test_experts(compiled, int8):
         assert _experts.reason(x, w, scale, *given) is None
         _experts.pairs(x, w, scale, *given)
         _experts.pairs(x, w, scale, *given, "silu")
-    assert compiled.count("_pairs") == 4
+    for S in (6, 600, 30000):
+        _experts_gemm.experts_gemm(x.repeat(S // 6, 1), w, scale, ends)
+        _experts_gemm.experts_gemm(x.repeat(S // 6, 1), w, scale, ends, "gelu")
+    assert compiled.count("_pairs") == 4 and compiled.count("_experts_gemm") == 6
 
 
 def test_what_surrounds_a_step(compiled):
