@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tinyfuse.kernels import _gemv
-from tinyfuse.kernels._gemm import processors, store, tile_of
+from tinyfuse.kernels._gemm import limits, store, tile_of
 from tinyfuse.kernels._triton import Launch, jit, pdl, tl, triton
 from tinyfuse.kernels.gated_act import activate
 
@@ -87,7 +87,7 @@ def choose(s: int, experts: int, pair: bool, each: int, device: torch.device) ->
     while rows < 128 and rows * experts < s:
         rows *= 2
     stage = 128 * (128 * each + 2 * rows)
-    stages = min(max(processors(device)[1] // stage, 2), 3 if rows == 128 else 4)
+    stages = min(max(limits(device)[1] // stage, 2), 3 if rows == 128 else 4)
     return rows, 64 if pair else 128, 128, stages, 8 if rows == 128 and not pair else 4
 
 
@@ -109,8 +109,8 @@ def _bind(
 def experts_gemm(
     x: Tensor, weight: Tensor, scale: Tensor | None, offs: Tensor, act: str = "", config: Config | None = None
 ) -> Tensor:
-    """x [S, K] sorted by expert, weights [E, N, K] as :func:`reason` has them; y [S, N], or [S, N / 2] under ``act``, of
-    which rows behind the last end are not written."""
+    """x [S, K] sorted by expert, weights [E, N, K] as :func:`reason` has them; y [S, N], or [S, N / 2] under ``act``.
+    Rows behind the last end are not written."""
     x = _gemv.rows(x)
     s, k = x.shape
     n = weight.shape[1] // 2 if act else weight.shape[1]

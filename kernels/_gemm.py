@@ -233,7 +233,7 @@ def gemm(
 
 
 @cache
-def processors(device: torch.device) -> tuple[int, int]:
+def limits(device: torch.device) -> tuple[int, int]:
     """How many there are, and the bytes of shared memory that the programs on one of them share."""
     if device.type != "cuda":
         return 132, 233472
@@ -254,7 +254,7 @@ def digit_count(dtype: torch.dtype) -> int:
 def tile(m: int, n: int, dtype: torch.dtype, device: torch.device) -> Config:
     """Tiles as measured on an H200; all programs at once, each with the stages that then fit, measured faster than
     any fixed number of stages."""
-    processors, shared = processors(device)
+    processors, shared = limits(device)
     count = digit_count(dtype)
     block_m = 8 if m <= 8 else 16 if m <= 16 else 32 if m <= 32 or count == 3 else 64
     block_k = 256 if m <= 16 else 128
