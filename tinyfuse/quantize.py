@@ -197,6 +197,9 @@ def quantize_(
     ``filter_fn(module, name)`` narrows the choice: only linears and modules of experts for which it is true are
     converted.
 
+    Run plainly, without ``optimize`` or the backend, a model's own code is given its experts dequantised: the chosen
+    ones under the experts implementations "eager" and "batched_mm", all of a layer, which is slow, under "grouped_mm".
+
     The modules keep their identity (hooks, references to them, training flag); each float weight is released before
     the next layer is converted, and no fp32 copy of a whole weight is made. A second call changes nothing.
 
