@@ -306,6 +306,21 @@ def test_experts_that_cannot_be_converted_stay():
     assert "experts interface" in dict(quantize_(stack).skipped)["weight"]
 
 
+def test_experts_are_converted_together_or_not_at_all(monkeypatch):
+    experts = build("gpt-oss").model.layers[0].mlp.experts
+    before, calls = dict(experts.named_parameters()), iter(range(5))
+
+    def fails_in_the_second_weight(weight, scale):
+        if next(calls) == 4:
+            raise MemoryError
+        return torch.zeros_like(weight, dtype=torch.int8)
+
+    monkeypatch.setattr("tinyfuse.quantize._quantize_weight", fails_in_the_second_weight)
+    with pytest.raises(MemoryError):
+        quantize_(experts)
+    assert experts.is_transposed and all(p is before[name] for name, p in experts.named_parameters())
+
+
 def test_router_linears_stay():
     model = nn.ModuleDict(
         {"gate": nn.Linear(64, 40), "router": nn.Sequential(nn.Linear(64, 64)), "gate_proj": nn.Linear(64, 64)}

@@ -485,21 +485,27 @@ def _experts_scales(name: str, module: nn.Module) -> dict[str, Tensor]:
 
 
 def _convert_experts(name: str, module: nn.Module, scales: dict[str, Tensor]) -> list[QuantizedModule]:
-    """Replace the weights of a module of experts, each expert's rows now contiguous."""
-    by_columns, done = module.is_transposed, []
-    for key, scale in scales.items():
-        weight = module._parameters.pop(key).detach()
-        rows = weight.mT if by_columns else weight
-        quantized = torch.empty(rows.shape, dtype=torch.int8, device=weight.device)
-        for into, part, factor in zip(quantized, rows, scale, strict=True):
-            into.copy_(_quantize_weight(part, factor))
-        made = Int8Experts(*rows.shape, by_columns, "meta", weight.dtype)
-        made.weight, made.weight_scale = nn.Parameter(quantized, requires_grad=False), scale
-        module.add_module(key, made.train(module.training))
-        sizes = weight.nbytes, quantized.nbytes + scale.nbytes
-        done.append(QuantizedModule(f"{name}.{key}".removeprefix("."), "Experts", *rows.shape[1:], *sizes))
+    """Replace the weights of a module of experts, each expert's rows now contiguous: all of them, or none if memory
+    runs out."""
+    made = {key: _int8_experts(module._parameters[key], scale, module.is_transposed) for key, scale in scales.items()}
+    done = []
+    for key, experts in made.items():
+        weight = module._parameters.pop(key)
+        module.add_module(key, experts.train(module.training))
+        sizes = weight.nbytes, experts.weight.nbytes + experts.weight_scale.nbytes
+        done.append(QuantizedModule(f"{name}.{key}".removeprefix("."), "Experts", *experts.weight.shape[1:], *sizes))
     module.is_transposed = False  # what several experts at once are read for
     return done
+
+
+def _int8_experts(weight: Tensor, scale: Tensor, by_columns: bool) -> Int8Experts:
+    rows = weight.mT if by_columns else weight
+    quantized = torch.empty(rows.shape, dtype=torch.int8, device=weight.device)
+    for into, part, factor in zip(quantized, rows, scale, strict=True):
+        into.copy_(_quantize_weight(part, factor))
+    made = Int8Experts(*rows.shape, by_columns, "meta", weight.dtype)
+    made.weight, made.weight_scale = nn.Parameter(quantized, requires_grad=False), scale
+    return made
 
 
 def _detach_accelerate_hook(module: nn.Module):
