@@ -106,7 +106,9 @@ def _gemm(
         tl.extra.cuda.gdc_wait()
     acc = tl.zeros([BLOCK_N, SLOTS * BLOCK_M], tl.int32)
     for start in tl.range(part * per_part, tl.minimum(part * per_part + per_part, K), BLOCK_K, num_stages=STAGES):
-        acc = tl.dot(_tile(w, k, start, K, BLOCK_K), tl.trans(_tile(x, k, start, K, BLOCK_K)), acc, out_dtype=tl.int32)
+        acc = tl.dot(
+            tile_of(w, k, start, K, BLOCK_K), tl.trans(tile_of(x, k, start, K, BLOCK_K)), acc, out_dtype=tl.int32
+        )
     slot = tl.arange(0, SLOTS)[None, :, None]
     power = tl.where(slot == DIGITS - 1, 1.0, tl.where(slot == DIGITS - 2, 256.0, tl.where(slot == 0, 65536.0, 0.0)))
     total = tl.sum(tl.reshape(acc, [BLOCK_N, SLOTS, BLOCK_M]).to(tl.float32) * power, 1)
@@ -130,15 +132,15 @@ def _gemm(
             total += bias[:, None]
         if PAIR:
             gate, up_part = tl.split(tl.permute(tl.reshape(total, [2, EACH, BLOCK_M]), [1, 2, 0]))
-            _store(activate(gate, ACT) * up_part, residual, residual_stride, y, m, block * EACH, M, n)
+            store(activate(gate, ACT) * up_part, residual, residual_stride, y, m, block * EACH, M, n)
         else:
             if ACT != "":
                 total = activate(total, ACT)
-            _store(total, residual, residual_stride, y, m, block * EACH, M, n)
+            store(total, residual, residual_stride, y, m, block * EACH, M, n)
 
 
 @jit
-def _store(total, residual, residual_stride, y, m, row, M, N):
+def store(total, residual, residual_stride, y, m, row, M, N):
     """Columns from ``row`` on of rows m of y, transposed in ``total``."""
     m, row = m.to(tl.int64)[None, :], (row + tl.arange(0, total.shape[0]))[:, None]
     mask = (m < M) & (row < N)
@@ -148,7 +150,7 @@ def _store(total, residual, residual_stride, y, m, row, M, N):
 
 
 @jit
-def _tile(at, k, start, K: tl.constexpr, BLOCK_K: tl.constexpr):
+def tile_of(at, k, start, K: tl.constexpr, BLOCK_K: tl.constexpr):
     """Columns from ``start`` on of the rows at ``at``, 0 past their end."""
     if K % BLOCK_K == 0:
         return tl.load(at + start)
@@ -233,7 +235,7 @@ def gemm(
 
 
 @cache
-def _processors(device: torch.device) -> tuple[int, int]:
+def limits(device: torch.device) -> tuple[int, int]:
     """How many there are, and the bytes of shared memory that the programs on one of them share."""
     if device.type != "cuda":
         return 132, 233472
@@ -254,7 +256,7 @@ def digit_count(dtype: torch.dtype) -> int:
 def tile(m: int, n: int, dtype: torch.dtype, device: torch.device) -> Config:
     """Tiles as measured on an H200; all programs at once, each with the stages that then fit, measured faster than
     any fixed number of stages."""
-    processors, shared = _processors(device)
+    processors, shared = limits(device)
     count = digit_count(dtype)
     block_m = 8 if m <= 8 else 16 if m <= 16 else 32 if m <= 32 or count == 3 else 64
     block_k = 256 if m <= 16 else 128

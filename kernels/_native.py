@@ -36,7 +36,11 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu_squared": 4, "quick_gelu": 5}
 NO_ACTIVATION = 6
-ERRORS = {1: (IndexError, "a cache position is out of range"), 2: (MemoryError, "no memory for scratch")}
+ERRORS = {
+    1: (IndexError, "a cache position is out of range"),
+    2: (MemoryError, "no memory for scratch"),
+    3: (IndexError, "an expert's number is out of range"),
+}
 
 threads = torch.get_num_threads
 
@@ -329,10 +333,53 @@ def linear(x: torch.Tensor, weight: torch.Tensor, act: int, count: int, fields: 
         "tf_linear",
         _pack_linear[count](
             x.data_ptr(), x.numel() // width, width, DTYPES[x.dtype], DTYPES[weight.dtype], by_columns(weight), act,
-            threads(), count,
-            *fields,
+            threads(), count, *fields,
         ),
     )  # fmt: skip
+
+
+def experts_reason(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, offs: torch.Tensor | None,
+    ids: torch.Tensor | None,
+) -> str | None:  # fmt: skip
+    """Why :func:`experts` cannot run, or None."""
+    if weight.dim() != 3 or weight.stride(2) != 1 or x.dim() != 2:
+        return "the CPU kernels take expert weights [E, N, K] whose rows are contiguous"
+    if scale is not None and (scale.shape != weight.shape[:2] or scale.stride(1) != 1):
+        return "the CPU kernels take the scales of expert weights as [E, N] with contiguous rows"
+    index, dtype = (ids, torch.int64) if offs is None else (offs, torch.int32)
+    if index.dtype != dtype or index.dim() != 1 or index.stride(0) != 1 or index.device.type != "cpu":
+        return "the CPU kernels take contiguous int32 ends or int64 numbers of experts"
+    one = None if scale is None else scale[0]
+    return linear_reason(x, weight[0], one, None)
+
+
+_pack_experts = [packer(f"{5 + 9 + 7 * count}q") for count in range(3)]
+
+
+def experts(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, offs: torch.Tensor | None,
+    ids: torch.Tensor | None, act: int,
+) -> torch.Tensor:  # fmt: skip
+    """The products of the contiguous ``x`` [S, K] with the weights [E, N, K] of each row's expert: ``ids`` [S], or rows
+    sorted by expert of which those of e end at ``offs`` [e]. With an activation, both halves of N are gate and up."""
+    gated = act != NO_ACTIVATION
+    width = weight.shape[1] // (1 + gated)
+    y = empty(x, width)
+    first, rows = weight[0], None if scale is None else scale[0]
+    parts = part(first[:width], None if rows is None else rows[:width], None, None, y)
+    if gated:
+        parts += part(first[width:], None if rows is None else rows[width:], None, None, None)
+    call(
+        "tf_experts",
+        _pack_experts[1 + gated](
+            0 if offs is None else offs.data_ptr(), 0 if ids is None else ids.data_ptr(), weight.shape[0],
+            weight.stride(0), 0 if scale is None else scale.stride(0),
+            x.data_ptr(), x.shape[0], x.shape[1], DTYPES[x.dtype], DTYPES[weight.dtype], False, act, threads(),
+            1 + gated, *parts,
+        ),
+    )  # fmt: skip
+    return y
 
 
 def empty(x: torch.Tensor, width: int) -> torch.Tensor:

@@ -33,7 +33,7 @@ def _dp4a(w, d, acc, ASM: tl.constexpr):
 
 
 @jit
-def _load(at, i, step: tl.constexpr, COUNT: tl.constexpr, STEP: tl.constexpr, EVICT: tl.constexpr):
+def load(at, i, step: tl.constexpr, COUNT: tl.constexpr, STEP: tl.constexpr, EVICT: tl.constexpr):
     """Elements step * STEP + i of each row, 0 past its end."""
     if (step + 1) * STEP > COUNT:
         return tl.load(at + step * STEP, mask=i < COUNT - step * STEP, other=0, eviction_policy=EVICT)
@@ -42,16 +42,18 @@ def _load(at, i, step: tl.constexpr, COUNT: tl.constexpr, STEP: tl.constexpr, EV
 
 
 @jit
-def _lanes(acc, ROWS: tl.constexpr, STEP: tl.constexpr, VECTOR: tl.constexpr):
+def lanes(acc, ROWS: tl.constexpr, STEP: tl.constexpr, VECTOR: tl.constexpr):
     """The sums over what one thread holds: [ROWS, STEP // VECTOR]."""
     return tl.sum(tl.reshape(acc, [ROWS, STEP // VECTOR, VECTOR]), 2)
 
 
 @jit
-def _digit_sums(
-    at, tiles, i, COUNT: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, DIGITS: tl.constexpr, ASM: tl.constexpr
-):
-    """The products of weight rows and the digits at ``at``, in fp32, summed over what a thread holds."""
+def digit_sums(
+    at, apart, tiles, i, COUNT: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, DIGITS: tl.constexpr,
+    ASM: tl.constexpr,
+):  # fmt: skip
+    """The products of weight rows and the digits of a row, the first at ``at``, the others ``apart`` from each other,
+    in fp32, summed over what a thread holds."""
     zero = tl.zeros([ROWS, STEP], tl.int32)
     sums = (zero,)
     for _ in tl.static_range(DIGITS - 1):
@@ -59,12 +61,12 @@ def _digit_sums(
     for step in tl.static_range(len(tiles)):
         more = ()
         for d in tl.static_range(DIGITS):
-            digit = tl.broadcast_to(_load(at + d * COUNT, i, step, COUNT, STEP, ""), [ROWS, STEP])
+            digit = tl.broadcast_to(load(at + d * apart, i, step, COUNT, STEP, ""), [ROWS, STEP])
             more += (_dp4a(tiles[step], digit, sums[d], ASM),)
         sums = more
-    total = _lanes(sums[0], ROWS, STEP, 4).to(tl.float32)
+    total = lanes(sums[0], ROWS, STEP, 4).to(tl.float32)
     for d in tl.static_range(1, DIGITS):
-        total = total * 256 + _lanes(sums[d], ROWS, STEP, 4).to(tl.float32)
+        total = total * 256 + lanes(sums[d], ROWS, STEP, 4).to(tl.float32)
     return total
 
 
@@ -133,10 +135,10 @@ def _one_row(
     tiles, tiles2, gains = (), (), ()
     for step in tl.static_range(STEPS):
         if gain is not None:
-            gains += (_load(gain + i, i, step, COUNT, STEP, ""),)
-        tiles += (_load(at, i, step, COUNT, STEP, "evict_first"),)
+            gains += (load(gain + i, i, step, COUNT, STEP, ""),)
+        tiles += (load(at, i, step, COUNT, STEP, "evict_first"),)
         if PAIR:
-            tiles2 += (_load(at2, i, step, COUNT, STEP, "evict_first"),)
+            tiles2 += (load(at2, i, step, COUNT, STEP, "evict_first"),)
     scale, scale2, bias, bias2 = 1.0, 1.0, 0.0, 0.0
     if s0 is not None:
         scale = tl.load(s + row, mask=live, other=0.0)
@@ -154,22 +156,22 @@ def _one_row(
         number = tl.load(x_scale)
         scale *= number
         scale2 *= number
-        total = _digit_sums(at_x, tiles, i, COUNT, ROWS, STEP, DIGITS, ASM)
+        total = digit_sums(at_x, COUNT, tiles, i, COUNT, ROWS, STEP, DIGITS, ASM)
         if PAIR:
-            total2 = _digit_sums(at_x, tiles2, i, COUNT, ROWS, STEP, DIGITS, ASM)
+            total2 = digit_sums(at_x, COUNT, tiles2, i, COUNT, ROWS, STEP, DIGITS, ASM)
     else:
         total = tl.zeros([ROWS, STEP // VECTOR], tl.float32)
         total2 = total
         values = ()
         for step in tl.static_range(STEPS):
-            values += (_load(at_x, i, step, COUNT, STEP, "").to(tl.float32),)
+            values += (load(at_x, i, step, COUNT, STEP, "").to(tl.float32),)
         if NORM:
             values = _normed(values, gains, eps, K, x.dtype.element_ty, UNIT_OFFSET, CAST_FIRST)
         for step in tl.static_range(STEPS):
             v = values[step]
-            total += _lanes(tiles[step].to(tl.float32) * v, ROWS, STEP, VECTOR)
+            total += lanes(tiles[step].to(tl.float32) * v, ROWS, STEP, VECTOR)
             if PAIR:
-                total2 += _lanes(tiles2[step].to(tl.float32) * v, ROWS, STEP, VECTOR)
+                total2 += lanes(tiles2[step].to(tl.float32) * v, ROWS, STEP, VECTOR)
     value = tl.sum(total, 1) * scale + bias
     if ACT != "":
         value = activate(value, ACT)

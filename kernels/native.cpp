@@ -33,7 +33,7 @@ struct f16 { uint16_t bits; };
 #define INLINE static inline __attribute__((always_inline))
 
 enum DType { F32, BF16, F16, INT8, BOOL };
-enum Error { OK, BAD_POSITION, NO_MEMORY };
+enum Error { OK, BAD_POSITION, NO_MEMORY, BAD_EXPERT };
 
 // ---------------------------------------------------------------- numbers
 
@@ -573,8 +573,14 @@ struct LinearArgs {
   Part parts[1];  // `count` of them
 };
 
+// Rows [first, end) of x meet weight `index` of a stack.
+struct Group { i64 index, first, end; };
+
 struct LinearWork {
   const LinearArgs* args;
+  const Group* groups;
+  i64 group_count, most;          // most: rows of the largest group
+  i64 weight_step, scale_step;    // elements from one weight of a stack to the next
   int16_t* digits;
   float *scales, *wide;
   i64 padded, blocks;
@@ -640,10 +646,10 @@ template <class X> void finish_row(const Part& p, i64 m, i64 n0, i64 rows, float
 }
 
 template <class In, class W>
-void linear_chunk(const LinearArgs& a, const In& in, const Part& p, const Part* up, i64 n0, i64 rows) {
+void linear_chunk(const LinearArgs& a, const In& in, const Group& g, const Part& p, const Part* up, i64 n0, i64 rows) {
   alignas(32) float out[MOST * CHUNK], out_up[MOST * CHUNK];
-  for (i64 m0 = 0; m0 < a.M; m0 += MOST) {
-    i64 mb = std::min(MOST, a.M - m0);
+  for (i64 m0 = g.first; m0 < g.end; m0 += MOST) {
+    i64 mb = std::min(MOST, g.end - m0);
     dot_block(in, m0, mb, (const W*)p.weight, p.ldw, a.K, n0, rows, a.by_columns, out, CHUNK);
     if (up) dot_block(in, m0, mb, (const W*)up->weight, up->ldw, a.K, n0, rows, a.by_columns, out_up, CHUNK);
     for (i64 m = 0; m < mb; m++) {
@@ -655,27 +661,49 @@ void linear_chunk(const LinearArgs& a, const In& in, const Part& p, const Part* 
   }
 }
 
-template <class In, class W> void linear_chunks(const LinearArgs& a, const In& in, Team& team) {
+// Part `p` of weight `index` of a stack.
+template <class W> Part part_of(const LinearWork& w, Part p, i64 index) {
+  p.weight = (const W*)p.weight + index * w.weight_step;
+  if (p.scale) p.scale += index * w.scale_step;
+  return p;
+}
+
+template <class In, class W> void linear_chunks(const LinearWork& w, const In& in, Team& team) {
+  const LinearArgs& a = *w.args;
   i64 joined = a.act != NO_ACT ? a.count : 1;  // parts that make one result
-  i64 count = a.count / joined;
+  i64 parts = a.count / joined, units = parts * w.group_count;  // a unit: a part for the rows of a group
   i64 row_bytes = a.K * (i64)sizeof(W) * joined;
-  i64 fewest = a.M == 1 ? 4 : 32;
+  i64 fewest = w.most == 1 ? 4 : 32;
   i64 rows = 0;
-  for (i64 i = 0; i < count; i++) rows += a.parts[i].N;
+  for (i64 i = 0; i < parts; i++) rows += a.parts[i].N * w.group_count;
   i64 share = std::min(CHUNK_BYTES / row_bytes, rows / (2 * team.size)) / 4 * 4;
   i64 most = CHUNK;
   if (a.by_columns) {  // a chunk is a run within each of K rows, the longer the better; one row of x has the room of all
     share = rows / team.size / 16 * 16;
-    if (a.M == 1) most *= MOST;
+    if (w.most == 1) most *= MOST;
   }
   i64 step = std::max(fewest, std::min(most, share));
-  i64 part = 0, first = 0;  // `first`: the number of the part's first chunk
-  for (i64 chunk = team.claim(); part < count; chunk = team.claim()) {
-    while (part < count && chunk - first >= ceil_div(a.parts[part].N, step)) first += ceil_div(a.parts[part++].N, step);
-    if (part == count) return;
-    const Part& p = a.parts[part];
+  auto chunks = [&](i64 unit) { return ceil_div(a.parts[unit % parts].N, step); };
+  i64 unit = 0, first = 0;  // `first`: the number of the unit's first chunk
+  for (i64 chunk = team.claim(); unit < units; chunk = team.claim()) {
+    while (unit < units && chunk - first >= chunks(unit)) first += chunks(unit++);
+    if (unit == units) return;
+    const Group& g = w.groups[unit / parts];
+    Part p = part_of<W>(w, a.parts[unit % parts], g.index);
+    Part up = joined == 2 ? part_of<W>(w, a.parts[1], g.index) : p;
     i64 n0 = (chunk - first) * step;
-    linear_chunk<In, W>(a, in, p, joined == 2 ? &a.parts[1] : nullptr, n0, std::min(step, p.N - n0));
+    linear_chunk<In, W>(a, in, g, p, joined == 2 ? &up : nullptr, n0, std::min(step, p.N - n0));
+  }
+}
+
+// body(row, first row of its block, rows of the block) for this thread's share of the rows.
+template <class Body> INLINE void each_row(const LinearWork& w, Team& team, Body body) {
+  for (i64 i = 0; i < w.group_count; i++) {
+    const Group& g = w.groups[i];
+    for (i64 m = g.first + (team.id + team.size - g.first % team.size) % team.size; m < g.end; m += team.size) {
+      i64 m0 = g.first + (m - g.first) / MOST * MOST;
+      body(m, m0, std::min(MOST, g.end - m0));
+    }
   }
 }
 
@@ -683,20 +711,18 @@ template <class X> void linear_prepare(const LinearWork& w, Team& team) {
   const LinearArgs& a = *w.args;
   const X* x = (const X*)a.x;
   if (w.digits) {
-    for (i64 m = team.id; m < a.M; m += team.size) {
-      i64 m0 = m / MOST * MOST, mb = std::min(MOST, a.M - m0);
+    each_row(w, team, [&](i64 m, i64 m0, i64 mb) {
       if (!digits_row(x + m * a.K, a.K, w.digits + m0 * w.padded, w.scales + m * w.blocks, m - m0, mb))
         w.unfit->store(1, std::memory_order_relaxed);
-    }
+    });
     team.barrier();
     if (!w.unfit->load(std::memory_order_relaxed)) return;
   }
-  for (i64 m = team.id; m < a.M; m += team.size) {
-    i64 m0 = m / MOST * MOST, mb = std::min(MOST, a.M - m0);
+  each_row(w, team, [&](i64 m, i64 m0, i64 mb) {
     float* block = w.wide + m0 * w.padded;
     if (sizeof(X) == 2 && a.wtype == BF16 && !a.by_columns) widen_row<sizeof(X) == 2 ? 16 : 8>(x + m * a.K, a.K, block, m - m0, mb);
     else widen_row<8>(x + m * a.K, a.K, block, m - m0, mb);
-  }
+  });
   team.barrier();
 }
 
@@ -708,21 +734,20 @@ void linear_body(const LinearWork& w, Team& team) {
   Wide wide{w.wide ? w.wide : (const float*)a.x, w.padded};
   if (a.wtype == INT8) {
     if (w.digits && !w.unfit->load(std::memory_order_relaxed))
-      linear_chunks<Fixed, int8_t>(a, Fixed{w.digits, w.padded, w.scales, w.blocks}, team);
-    else linear_chunks<Wide, int8_t>(a, wide, team);
-  } else if (a.wtype == BF16 && a.by_columns) linear_chunks<Wide, bf16>(a, wide, team);
-  else if (a.wtype == BF16) linear_chunks<Paired, bf16>(a, Paired{w.wide, w.padded}, team);
-  else if (a.wtype == F16) linear_chunks<Wide, f16>(a, wide, team);
-  else linear_chunks<Wide, float>(a, wide, team);
+      linear_chunks<Fixed, int8_t>(w, Fixed{w.digits, w.padded, w.scales, w.blocks}, team);
+    else linear_chunks<Wide, int8_t>(w, wide, team);
+  } else if (a.wtype == BF16 && a.by_columns) linear_chunks<Wide, bf16>(w, wide, team);
+  else if (a.wtype == BF16) linear_chunks<Paired, bf16>(w, Paired{w.wide, w.padded}, team);
+  else if (a.wtype == F16) linear_chunks<Wide, f16>(w, wide, team);
+  else linear_chunks<Wide, float>(w, wide, team);
 }
 
 i64 element_size(i64 type) { return type == F32 ? 4 : type == BF16 || type == F16 ? 2 : 1; }
 
-}  // namespace
-
-extern "C" int tf_linear(const LinearArgs* a) {
+int run_linear(const LinearArgs* a, const Group* groups, i64 count, i64 most, i64 weight_step, i64 scale_step) {
   std::atomic<int> unfit{0};
-  LinearWork w{a, nullptr, nullptr, nullptr, ceil_div(a->K, 16) * 16, ceil_div(a->K, DIGITS), &unfit};
+  LinearWork w{a, groups, count, most, weight_step, scale_step};
+  w.padded = ceil_div(a->K, 16) * 16, w.blocks = ceil_div(a->K, DIGITS), w.unfit = &unfit;
   bool fixed = a->wtype == INT8 && a->xtype != F32;
   if (a->xtype != F32 || a->M > 1) {
     size_t digits = fixed ? (size_t)(a->M * w.padded * 2 + 63) / 64 * 64 : 0;
@@ -737,6 +762,58 @@ extern "C" int tf_linear(const LinearArgs* a) {
   // Waking the team costs about as much as reading 64 KB.
   run_team<LinearWork>(bytes * a->M < 65536 ? 1 : a->threads, linear_body, w);
   return OK;
+}
+
+// A stack of `experts` weights, the first of which is parts[0] (under an activation also parts[1]). Row m of x meets
+// weight ids[m]; or, sorted by expert, those before ends[0] weight 0, those from there before ends[1] weight 1, and
+// those from the last end on get zeros.
+struct ExpertsArgs {
+  const int32_t* ends;  // [experts] or null
+  const i64* ids;       // [M] or null
+  i64 experts, weight_step, scale_step;
+  LinearArgs linear;
+};
+
+// The runs of rows that meet one weight, into `groups` (at most M); their number, or -1 for an id out of range.
+i64 find_groups(const ExpertsArgs& e, Group* groups, i64* most, i64* done) {
+  i64 count = 0, M = e.linear.M, first = 0;
+  auto add = [&](i64 index, i64 end) {
+    groups[count++] = {index, first, end};
+    *most = std::max(*most, end - first);
+    first = end;
+  };
+  if (e.ends) {
+    for (i64 i = 0; i < e.experts; i++)
+      if (std::min<i64>(e.ends[i], M) > first) add(i, std::min<i64>(e.ends[i], M));
+  } else {
+    while (first < M) {
+      i64 id = e.ids[first], end = first + 1;
+      if (id < -e.experts || id >= e.experts) return -1;
+      while (end < M && e.ids[end] == id) end++;
+      add(id < 0 ? id + e.experts : id, end);
+    }
+  }
+  *done = first;
+  return count;
+}
+
+}  // namespace
+
+extern "C" int tf_linear(const LinearArgs* a) {
+  Group all{0, 0, a->M};
+  return run_linear(a, &all, 1, a->M, 0, 0);
+}
+
+extern "C" int tf_experts(const ExpertsArgs* e) {
+  const LinearArgs& a = e->linear;
+  thread_local Scratch kept;  // not `scratch`, in which the activations are laid out meanwhile
+  auto* groups = (Group*)kept.need((a.M + 1) * sizeof(Group));
+  if (!groups) return NO_MEMORY;
+  i64 most = 0, done = 0, count = find_groups(*e, groups, &most, &done);
+  if (count < 0) return BAD_EXPERT;
+  i64 row = a.parts[0].N * element_size(a.xtype);
+  std::memset((char*)a.parts[0].y + done * row, 0, (a.M - done) * row);
+  return count ? run_linear(&a, groups, count, most, e->weight_step, e->scale_step) : OK;
 }
 
 // ---------------------------------------------------------------- norms

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import transformers.integrations.moe  # noqa: F401  (defines torch.ops.transformers)
 from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 

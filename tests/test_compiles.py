@@ -22,6 +22,8 @@ from tinyfuse.kernels import (
     _advance,
     _attention_decode,
     _attention_prefill,
+    _experts,
+    _experts_gemm,
     _gemm,
     _gemv,
     _greedy,
@@ -44,7 +46,7 @@ from tinyfuse.kernels import (
 from tinyfuse.kernels._triton import rehearsal
 
 BF16 = torch.bfloat16
-READ_WEIGHTS = {"_gemm", "_gemv", "_one_row", "_cast"}
+READ_WEIGHTS = {"_gemm", "_gemv", "_one_row", "_cast", "_pairs", "_experts_gemm"}
 HOPPER = SimpleNamespace(
     get_current_device=lambda: 99,  # no real one's
     get_current_stream=lambda device: 0,
@@ -160,6 +162,21 @@ def test_linears(compiled, int8):
         _gemv.gemv(several, weights[:2], none[:2], None, "silu")
         _gemv.gemv(several, weights[:1], none[:1], None, "gelu")
         assert {"_one_row", "_gemv"} <= set(compiled)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_experts(compiled, int8):
+    x, ends, ids = ones(6, 1024), torch.full((60,), 6, dtype=torch.int32), torch.zeros(6, dtype=torch.long)
+    w, scale = weight(60 * 256, 1024, int8)
+    w, scale = w.view(60, 256, 1024), None if scale is None else scale.view(60, 256)
+    for given in ((ends, None), (None, ids)):
+        assert _experts.reason(x, w, scale, *given) is None
+        _experts.pairs(x, w, scale, *given)
+        _experts.pairs(x, w, scale, *given, "silu")
+    for S in (6, 600, 30000):
+        _experts_gemm.experts_gemm(x.repeat(S // 6, 1), w, scale, ends)
+        _experts_gemm.experts_gemm(x.repeat(S // 6, 1), w, scale, ends, "gelu")
+    assert compiled.count("_pairs") == 4 and compiled.count("_experts_gemm") == 6
 
 
 def test_what_surrounds_a_step(compiled):

@@ -17,6 +17,8 @@ from tinyfuse.kernels import (
     add_layer_norm,
     add_rms_norm,
     attention,
+    experts_gated_linear,
+    experts_linear,
     gated_act,
     gated_linear,
     kv_append,
@@ -148,6 +150,58 @@ def test_gelu_far_below_zero_does_not_cancel():
     near = gate.abs() < 5
     assert ((out - exact)[near].abs() <= 5e-6 * exact[near].abs()).all()
     assert ((out - exact).abs() <= (F.gelu(gate) - exact).abs() + 4e-7).all()
+
+
+def experts_weight(E, N, K, dtype, int8):
+    """Of int8 or ``dtype``, between other rows and columns of a larger buffer; scales with gaps between the experts."""
+    if not int8:
+        return (torch.randn(E, N + 2, K + 3) / K**0.5).to(dtype)[:, 2:, 3:], None
+    weight = torch.randint(-127, 128, (E, N + 2, K + 7), dtype=torch.int8)[:, 2:, 7:]
+    return weight, (torch.rand(E, N + 1) / K**0.5 / 60)[:, 1:]
+
+
+def experts_of(counts):
+    """Rows sorted by expert, ``counts`` of each: (offs, None) and, in another order of the rows, (None, ids)."""
+    ids = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    return torch.tensor(counts).cumsum(0).int(), ids
+
+
+def exact_experts(x, weight, scale, ids):
+    wide = weight.double() if scale is None else weight.double() * scale.double()[..., None]
+    return torch.einsum("sk,snk->sn", x.double(), wide[ids])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
+@pytest.mark.parametrize(
+    "counts, N, K",
+    [([0, 1, 0, 1], 578, 320), ([1], 6, 1), ([3, 0, 9, 1, 0], 66, 341), ([0, 21, 0], 34, 65), ([40, 1], 10, 33)],
+)
+def test_experts(counts, N, K, dtype, int8, threads):
+    x = activations(sum(counts), K, dtype)
+    weight, scale = experts_weight(len(counts), N, K, dtype, int8)
+    offs, ids = experts_of(counts)
+    mixed = ids[torch.randperm(len(ids))]
+    mixed[0] -= len(counts)  # counted from the end, as indexing has it
+    name = "linear on digits" if int8 and dtype is torch.float16 else "linear"
+    for experts, given in ((ids, (offs, None)), (mixed, (None, mixed))):
+        exact, args = exact_experts(x, weight, scale, experts), (x, weight, scale, *given)
+        eager = experts_linear.reference(*args)
+        assert_as_exact_as_eager(name, run(experts_linear, *args), eager, exact)
+        for act, function in gated_act.ACTIVATIONS.items() if N < 100 else ():
+            gate, up = exact.chunk(2, -1)
+            out, eager = run(experts_gated_linear, *args, act), experts_gated_linear.reference(*args, act)
+            assert_as_exact_as_eager("gated_linear", out, eager, function(gate) * up)
+
+
+def test_rows_of_no_expert():
+    x, (weight, scale) = torch.randn(5, 40), experts_weight(3, 8, 40, torch.float32, True)
+    out = run(experts_linear, x, weight, scale, torch.tensor([1, 1, 3], dtype=torch.int32), None)
+    assert out[:3].all() and not out[3:].any()
+    assert run(experts_linear, x[:0], weight, scale, torch.zeros(3, dtype=torch.int32), None).shape == (0, 8)
+    for bad in (3, -4):
+        with pytest.raises(IndexError, match="expert"):
+            run(experts_linear, x, weight, scale, None, torch.tensor([0, 1, bad, 0, 0]))
 
 
 @pytest.mark.parametrize("value", [1.0, -3.0])

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_model, save_model
 from torch import nn
 
-from tinyfuse.quantize import Int8Embedding, Int8Linear, quantize_
+from tinyfuse.quantize import Int8Embedding, Int8Experts, Int8Linear, quantize_
 
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 131}
 LLAMA = {**SMALL, "intermediate_size": 96, "num_key_value_heads": 2}
@@ -25,6 +25,7 @@ CONFIGS = {
     "neox": lambda: transformers.GPTNeoXConfig(**SMALL, intermediate_size=96),
     "mixtral": lambda: transformers.MixtralConfig(**LLAMA, num_local_experts=4),
     "qwen3-moe": lambda: transformers.Qwen3MoeConfig(**MOE, num_experts=4, head_dim=16),
+    "gpt-oss": lambda: transformers.GptOssConfig(**LLAMA, num_local_experts=4, num_experts_per_tok=2, head_dim=16),
     "gemma3": lambda: transformers.Gemma3TextConfig(**LLAMA, head_dim=16, tie_word_embeddings=True),
 }
 
@@ -59,6 +60,10 @@ def float_copy(quantized: nn.Module, original: nn.Module) -> nn.Module:
             target = model.get_submodule(name)
             transposed = type(target).__name__ == "Conv1D"
             target.weight.data = (weight.t() if transposed else weight).to(target.weight.dtype)
+        elif isinstance(module, Int8Experts):
+            weight = module.weight.double() * module.weight_scale.double()[..., None]
+            target = model.get_parameter(name)
+            target.data = (weight.mT if module.by_columns else weight).to(target.dtype)
     return model
 
 
@@ -78,7 +83,7 @@ def test_every_linear_is_converted_or_reported(name):
     model = build(name, torch.bfloat16)
     linears = {n for n, m in model.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"}
     report = quantize_(model)
-    converted = {m.name for m in report.modules if m.kind != "Embedding"}
+    converted = {m.name for m in report.modules if m.kind not in ("Embedding", "Experts")}
     assert converted == {n for n, m in model.named_modules() if isinstance(m, Int8Linear)}
     assert converted | {n for n, _ in report.skipped} >= linears
     attention = ("q_proj", "c_attn", "query_key_value")
@@ -230,12 +235,90 @@ def test_resizing_a_quantised_table_is_refused():
         model.resize_token_embeddings(256)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe"])
-def test_experts_and_routers_are_reported(name):
-    model = build(name)
-    experts = {n for n, p in model.named_parameters() if p.ndim == 3}
+EXPERTS = ["mixtral", "qwen3-moe", "gpt-oss"]
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_are_converted_and_routers_stay(name):
+    model = build(name, torch.bfloat16)
+    routers = {n: p.clone() for n, p in model.named_parameters() if "gate.weight" in n or "router" in n}
+    experts = {n: p.nbytes for n, p in model.named_parameters() if p.ndim == 3}
     report = quantize_(model)
-    assert experts and experts <= {n for n, reason in report.skipped if "expert" in reason}
+    converted = {m.name: m for m in report.modules if m.kind == "Experts"}
+    assert routers and converted.keys() == experts.keys()
+    for n, module in converted.items():
+        assert module.bytes_before == experts[n] and module.bytes_after < 0.6 * experts[n]
+        assert model.get_submodule(n).weight.shape[1:] == (module.N, module.K)
+    assert all(torch.equal(model.get_parameter(n), weight) for n, weight in routers.items())
+    assert quantize_(model).modules == [] and not model.training
+
+
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm", "eager"])
+@pytest.mark.parametrize("name", EXPERTS)
+def test_every_experts_implementation_reads_int8(name, implementation):
+    original = build(name)
+    quantized = copy.deepcopy(original)
+    quantize_(quantized)
+    plain = float_copy(quantized, original)
+    for model in (plain, quantized):
+        model.set_experts_implementation(implementation)
+    expected = logits(plain)
+    torch.testing.assert_close(logits(pickle.loads(pickle.dumps(quantized))), expected, rtol=0, atol=1e-5)
+    if implementation != "eager":  # whose loop over tokens' experts no graph holds
+        torch._dynamo.reset()
+        compiled = torch.compile(quantized, backend="eager", fullgraph=True)
+        torch.testing.assert_close(logits(compiled), expected, rtol=0, atol=1e-5)
+        torch._dynamo.reset()
+
+
+def test_experts_are_saved_as_in_the_state_dict(tmp_path):
+    model = build("mixtral", torch.bfloat16)
+    checkpoint = {name: weight for name, weight in model.state_dict().items() if "experts" in name}
+    quantize_(model)
+    model.save_pretrained(tmp_path)
+    fresh = build("mixtral").bfloat16()
+    quantize_(fresh)
+    load_model(fresh, tmp_path / "model.safetensors")
+    assert torch.equal(logits(fresh), logits(model))
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*experts\.gate_up_proj"):
+        model.load_state_dict(model.state_dict() | checkpoint)
+    assert model.double().model.layers[0].mlp.experts.down_proj[0].dtype == torch.float64
+
+
+def test_experts_that_cannot_be_converted_stay():
+    model = build("mixtral")
+    experts = model.model.layers[0].mlp.experts
+    for key in ("down_proj", "gate_up_proj"):
+        weight = vars(experts)["_parameters"][key]
+        before, weight.data[2, 3, 5] = weight[2, 3, 5].item(), float("nan")
+        with pytest.raises(ValueError, match=rf"layers\.0\.mlp\.experts\.{key} contains NaN"):
+            quantize_(model)
+        weight.data[2, 3, 5] = before
+    assert all(p.is_floating_point() for p in model.parameters())
+    model.model.layers[1].mlp.experts.forward = lambda *args: args[0]
+    report = quantize_(model, filter_fn=lambda module, name: name != "model.layers.0.mlp.experts")
+    reasons = {name: reason for name, reason in report.skipped if "experts" in name}
+    assert len(reasons) == 4 and not any(isinstance(module, Int8Experts) for module in model.modules())
+    assert reasons["model.layers.0.mlp.experts.down_proj"] == "filter_fn leaves it out"
+    assert "replaced" in reasons["model.layers.1.mlp.experts.down_proj"]
+    stack = nn.Module()
+    stack.weight = nn.Parameter(torch.randn(4, 64, 64))
+    assert "experts interface" in dict(quantize_(stack).skipped)["weight"]
+
+
+def test_experts_are_converted_together_or_not_at_all(monkeypatch):
+    experts = build("gpt-oss").model.layers[0].mlp.experts
+    before, calls = dict(experts.named_parameters()), iter(range(5))
+
+    def fails_in_the_second_weight(weight, scale):
+        if next(calls) == 4:
+            raise MemoryError
+        return torch.zeros_like(weight, dtype=torch.int8)
+
+    monkeypatch.setattr("tinyfuse.quantize._quantize_weight", fails_in_the_second_weight)
+    with pytest.raises(MemoryError):
+        quantize_(experts)
+    assert experts.is_transposed and all(p is before[name] for name, p in experts.named_parameters())
 
 
 def test_router_linears_stay():

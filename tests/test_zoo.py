@@ -7,7 +7,7 @@ import pytest
 from tests.zoo.build import TYPES, config
 from tests.zoo.check import check
 
-SAMPLE = ("gemma3n_text", "deepseek_v3")  # powers of tensors, keys shared by layers; latent attention, experts
+SAMPLE = ("gemma3n_text", "deepseek_v2")  # powers of tensors, keys shared by layers; latent attention, experts
 
 
 @pytest.mark.parametrize("model_type", SAMPLE)

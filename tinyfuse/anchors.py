@@ -18,7 +18,7 @@ KINDS = ("linear", "attention", "rms_norm", "layer_norm", "rope", "activation")
 
 _PRODUCTS = {"matmul", "mm", "bmm", "baddbmm", "addmm"}
 _GROUPED = {"_grouped_mm", "grouped_mm", "grouped_mm_fallback"}
-_CASTS = {"to", "float", "half", "bfloat16", "type", "type_as"}
+_CASTS = {"to", "float", "half", "bfloat16", "type", "type_as", "dequantize"}
 _SHAPES = {
     "view", "reshape", "transpose", "permute", "contiguous", "expand", "unsqueeze", "squeeze", "flatten", "getitem",
     "chunk", "split", "unbind", "t", "getattr", "repeat", "clone", "swapaxes",

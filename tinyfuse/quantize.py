@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+import tinyfuse.kernels.dequantize
 import tinyfuse.kernels.linear  # noqa: F401  (defines torch.ops.tinyfuse.linear)
 from tinyfuse.runtime.instance import ATTRIBUTE
 
@@ -30,7 +31,7 @@ CHUNK = 1 << 18  # weights converted at a time: 1 MiB in fp32 stays in a core's 
 
 
 class _Int8(nn.Module):
-    """``weight`` int8 [N, K] and ``weight_scale`` fp32 [N] that follow the device but never the dtype.
+    """``weight`` int8 [..., N, K] and ``weight_scale`` fp32 [..., N] that follow the device but never the dtype.
 
     The weight is a parameter, because ties, sharding, offloading and PEFT look for parameters; it takes no
     gradient. The scale is a buffer, because a model's dtype is the dtype of its first floating-point parameter.
@@ -87,32 +88,63 @@ class Int8Linear(_Int8, nn.Linear):
         return f"{super().extra_repr()}, weight=int8"
 
 
-class Int8Embedding(_Int8):
+class _Int8Values(_Int8):
+    """A table that gives floats: ``dtype`` is what the float table had and follows ``model.to(dtype)``."""
+
+    def __init__(self, shape: tuple[int, ...], device=None, dtype=None):
+        super().__init__()
+        self.dtype = dtype or torch.get_default_dtype()
+        self.weight = nn.Parameter(torch.zeros(shape, dtype=torch.int8, device=device), requires_grad=False)
+        self.register_buffer("weight_scale", torch.ones(shape[:-1], dtype=torch.float32, device=device))
+
+    def _apply(self, fn, recurse=True):
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight.device)).dtype
+        return super()._apply(fn, recurse)
+
+
+class Int8Embedding(_Int8Values):
     """Rows of an int8 table: ``weight_scale[ids] * weight[ids]``, rounded to ``dtype``, times ``embed_scale``.
 
     ids [...] integer; returns [..., K]. The table and the scales may be those of a tied ``Int8Linear``.
-    ``dtype`` is what the float table had and follows ``model.to(dtype)``.
     """
 
     def __init__(self, num_embeddings: int, embedding_dim: int, device=None, dtype=None):
-        super().__init__()
-        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
-        self.dtype, self.embed_scale = dtype or torch.get_default_dtype(), 1.0
-        weight = torch.zeros(num_embeddings, embedding_dim, dtype=torch.int8, device=device)
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.register_buffer("weight_scale", torch.ones(num_embeddings, dtype=torch.float32, device=device))
+        super().__init__((num_embeddings, embedding_dim), device, dtype)
+        self.num_embeddings, self.embedding_dim, self.embed_scale = num_embeddings, embedding_dim, 1.0
 
     def forward(self, ids: Tensor) -> Tensor:
         rows = F.embedding(ids, self.weight).float() * F.embedding(ids, self.weight_scale[:, None])
         rows = rows.to(self.dtype)
         return rows if self.embed_scale == 1.0 else rows * self.embed_scale
 
-    def _apply(self, fn, recurse=True):
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight.device)).dtype
-        return super()._apply(fn, recurse)
-
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, dtype={self.dtype}, weight=int8"
+
+
+class Int8Experts(_Int8Values):
+    """In place of a parameter [E, N, K] of a module of experts: what its code reads of it comes out dequantised.
+
+    ``weights[ids]`` [S, N, K] for ids [S] integer, ``weights[e]`` [N, K] for one expert, ``weights.transpose`` of all;
+    in ``dtype``. ``by_columns``: the parameter was [E, K, N], and the code that takes one expert expects [K, N].
+    """
+
+    def __init__(self, experts: int, N: int, K: int, by_columns: bool = False, device=None, dtype=None):
+        super().__init__((experts, N, K), device, dtype)
+        self.by_columns = by_columns
+
+    def __getitem__(self, index: Tensor | int) -> Tensor:
+        weight = torch.ops.tinyfuse.dequantize(self.weight[index], self.weight_scale[index], self.dtype)
+        return weight.T if self.by_columns and weight.dim() == 2 else weight
+
+    def transpose(self, dim0: int, dim1: int) -> Tensor:
+        return torch.ops.tinyfuse.dequantize(self.weight, self.weight_scale, self.dtype).transpose(dim0, dim1)
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, by_columns={self.by_columns}, dtype={self.dtype}, weight=int8"
 
 
 class QuantizedModule(NamedTuple):
@@ -158,11 +190,15 @@ def quantize_(
 ) -> QuantizeReport:
     """Convert the linear weights of ``model`` to int8 in place, on whatever device each of them is.
 
-    Taken are ``nn.Linear`` and transformers' ``Conv1D``, the output head included; an embedding is converted only
-    together with a head that is tied to it, and they stay tied. Left in high precision are mixture-of-experts
-    routers, adapters, layers narrower than 32, subclasses of ``nn.Linear`` and layers whose weight other code reads;
-    the report gives the reason for each. ``filter_fn(module, name)`` narrows the choice: only linears for which it
-    is true are converted.
+    Taken are ``nn.Linear`` and transformers' ``Conv1D``, the output head included, and the 3-D weights of experts that
+    follow transformers' experts interface; an embedding is converted only together with a head that is tied to it, and
+    they stay tied. Left in high precision are mixture-of-experts routers, adapters, layers narrower than 32, subclasses
+    of ``nn.Linear`` and layers whose weight other code reads; the report gives the reason for each.
+    ``filter_fn(module, name)`` narrows the choice: only linears and modules of experts for which it is true are
+    converted.
+
+    Run plainly, without ``optimize`` or the backend, a model's own code is given its experts dequantised: the chosen
+    ones under the experts implementations "eager" and "batched_mm", all of a layer, which is slow, under "grouped_mm".
 
     The modules keep their identity (hooks, references to them, training flag); each float weight is released before
     the next layer is converted, and no fp32 copy of a whole weight is made. A second call changes nothing.
@@ -176,12 +212,18 @@ def quantize_(
         raise ValueError(f"unknown scheme {scheme!r}; valid schemes: {', '.join(SCHEMES)}")
     report = QuantizeReport(scheme, bytes_before=_bytes(model))
     groups = _choose(model, filter_fn, report.skipped)
-    scales = [_scale(*group[0]) for group in groups]
+    stacks = _choose_experts(model, filter_fn, report.skipped)
+    scales = [_scale(f"{name}.weight", module.weight, 0 if _is_conv1d(module) else 1) for (name, module), *_ in groups]
+    stack_scales = [_experts_scales(*stack) for stack in stacks]
     for module in model.modules():  # graphs of an optimised model hold the float weights
         if ATTRIBUTE in vars(module):
             vars(module)[ATTRIBUTE].release()
     for group, scale in zip(groups, scales, strict=True):
         report.modules += _convert(group, scale)
+    for stack, stack_scale in zip(stacks, stack_scales, strict=True):
+        report.modules += _convert_experts(*stack, stack_scale)
+    if stacks:
+        _keep_names(model)
     _tie_scales(model, {f"{name}.weight" for group in groups if len(group) > 1 for name, _ in group})
     report.bytes_after = _bytes(model)
     return report
@@ -195,7 +237,6 @@ def _choose(model: nn.Module, filter_fn, skipped: list[tuple[str, str]]) -> list
     owners: dict[int, Group] = {}
     reasons: dict[nn.Module, str | None] = {}
     for name, module in model.named_modules():
-        skipped += [(f"{name}.{key}", "3-D expert weights stay as they are") for key in _expert_weights(module)]
         for weight in module._parameters.values():
             if weight is not None:
                 owners.setdefault(id(weight), []).append((name, module))
@@ -282,6 +323,17 @@ def _why_read(model: nn.Module, name: str) -> str | None:
     return None
 
 
+def _why_experts_read(model: nn.Module, parts: list[str]) -> str | None:
+    """Whether code uses the expert weights at the path ``parts`` in a way that ``Int8Experts`` does not know."""
+    for depth in range(len(parts)):
+        parent = model.get_submodule(".".join(parts[:depth]))
+        access = ".".join(parts[max(depth, len(parts) - 2) :])
+        # followed by a quote it is a name, not a use
+        if re.search(rf"\.{re.escape(access)}\b(?![\['\"]|\.(?:device|dtype)\b)", _forward_source(type(parent))):
+            return f"{type(parent).__name__} reads {parts[-1]} in another way than one expert at a time"
+    return None
+
+
 @cache
 def _forward_source(cls: type) -> str:
     """The source of the methods of ``cls`` that run in a forward pass; empty where there is none to read."""
@@ -321,6 +373,24 @@ def _is_conv1d(module: nn.Module) -> bool:
     return library is not None and type(module) is library.Conv1D
 
 
+def _choose_experts(model: nn.Module, filter_fn, skipped: list[tuple[str, str]]) -> list[tuple[str, nn.Module]]:
+    """(name, module) of the experts to convert; ``skipped`` receives (name, reason) of the weights of the others."""
+    chosen = []
+    for name, module in model.named_modules():
+        if isinstance(module, Int8Experts):
+            skipped.append((name, "it is int8 already"))
+        keys = _expert_weights(module)
+        reasons = [_why_not_experts(model, f"{name}.{key}".removeprefix("."), module) for key in keys]
+        reason = next(filter(None, reasons), None)  # all weights of a module, or none
+        if keys and reason is None and filter_fn is not None and not filter_fn(module, name):
+            reason = "filter_fn leaves it out"
+        if reason is not None:
+            skipped += [(f"{name}.{key}".removeprefix("."), reason) for key in keys]
+        elif keys:
+            chosen.append((name, module))
+    return chosen
+
+
 def _expert_weights(module: nn.Module) -> list[str]:
     if isinstance(module, nn.modules.conv._ConvNd):
         return []
@@ -331,21 +401,39 @@ def _expert_weights(module: nn.Module) -> list[str]:
     ]
 
 
+def _why_not_experts(model: nn.Module, name: str, module: nn.Module) -> str | None:
+    """Why these expert weights stay as they are, or None."""
+    parts = name.split(".")
+    weight = module._parameters[parts[-1]]
+    if parts[-1] not in ("gate_up_proj", "up_proj", "down_proj") or not hasattr(module, "is_transposed"):
+        return f"{type(module).__name__} does not follow the experts interface, so how it multiplies is not known"
+    if type(weight) is not nn.Parameter or weight.element_size() < 2:
+        return f"it is a {type(weight).__name__} of {weight.dtype}, not a plain float tensor"
+    if sum(weight is p for m in model.modules() for p in m._parameters.values()) > 1:
+        return "several modules share it"
+    if _has_own_forward(module):
+        return "the forward of its module is replaced on the instance"
+    if _in_adapter(model, parts):
+        return "it is part of an adapter that is trained"
+    if min(weight.shape[1:]) < SMALLEST:
+        return f"N or K is below {SMALLEST}"
+    return _why_experts_read(model, parts)
+
+
 def _embed_scale(module: nn.Module) -> float:
     """The factor of a scaled embedding as its forward applies it: a tensor is first rounded to the table's dtype."""
     scale = getattr(module, "embed_scale", 1.0)
     return scale.to(module.weight.dtype).item() if isinstance(scale, Tensor) else float(scale)
 
 
-def _scale(name: str, module: nn.Module) -> Tensor:
-    """fp32 [N]; 1 for rows of zeros and for rows too small for fp32 to divide by their scale."""
-    weight = module.weight
+def _scale(name: str, weight: Tensor, along: int) -> Tensor:
+    """fp32, without the dimension of K that it goes ``along``; 1 for rows of zeros and for rows too small for fp32 to
+    divide by their scale."""
     if weight.device.type == "meta":
-        raise ValueError(f"{name}.weight is on the meta device: load or materialise the weights before quantising")
-    rows = 0 if _is_conv1d(module) else 1
-    absmax = torch.maximum(weight.amax(rows), weight.amin(rows).neg()).float()
+        raise ValueError(f"{name} is on the meta device: load or materialise the weights before quantising")
+    absmax = torch.maximum(weight.amax(along), weight.amin(along).neg()).float()
     if not absmax.isfinite().all():
-        raise ValueError(f"{name}.weight contains NaN or Inf; nothing was quantised")
+        raise ValueError(f"{name} contains NaN or Inf; nothing was quantised")
     scale = absmax / absmax.new_full((), 127.0)  # CUDA multiplies by 1/127 for a Python divisor: other bytes
     return torch.where(scale < torch.finfo(torch.float32).tiny, 1.0, scale)
 
@@ -388,6 +476,38 @@ def _convert(group: Group, scale: Tensor) -> list[QuantizedModule]:
     return done
 
 
+def _experts_scales(name: str, module: nn.Module) -> dict[str, Tensor]:
+    along = 1 if module.is_transposed else 2
+    return {
+        key: _scale(f"{name}.{key}".removeprefix("."), module._parameters[key], along)
+        for key in _expert_weights(module)
+    }
+
+
+def _convert_experts(name: str, module: nn.Module, scales: dict[str, Tensor]) -> list[QuantizedModule]:
+    """Replace the weights of a module of experts, each expert's rows now contiguous: all of them, or none if memory
+    runs out."""
+    made = {key: _int8_experts(module._parameters[key], scale, module.is_transposed) for key, scale in scales.items()}
+    done = []
+    for key, experts in made.items():
+        weight = module._parameters.pop(key)
+        module.add_module(key, experts.train(module.training))
+        sizes = weight.nbytes, experts.weight.nbytes + experts.weight_scale.nbytes
+        done.append(QuantizedModule(f"{name}.{key}".removeprefix("."), "Experts", *experts.weight.shape[1:], *sizes))
+    module.is_transposed = False  # what several experts at once are read for
+    return done
+
+
+def _int8_experts(weight: Tensor, scale: Tensor, by_columns: bool) -> Int8Experts:
+    rows = weight.mT if by_columns else weight
+    quantized = torch.empty(rows.shape, dtype=torch.int8, device=weight.device)
+    for into, part, factor in zip(quantized, rows, scale, strict=True):
+        into.copy_(_quantize_weight(part, factor))
+    made = Int8Experts(*rows.shape, by_columns, "meta", weight.dtype)
+    made.weight, made.weight_scale = nn.Parameter(quantized, requires_grad=False), scale
+    return made
+
+
 def _detach_accelerate_hook(module: nn.Module):
     """accelerate wraps the bound forward of the old class; its hook is to be put back around the new one."""
     hook = getattr(module, "_hf_hook", None)
@@ -395,6 +515,14 @@ def _detach_accelerate_hook(module: nn.Module):
         sys.modules["accelerate.hooks"].remove_hook_from_module(module)
     vars(module).pop("forward", None)
     return hook
+
+
+def _keep_names(model: nn.Module) -> None:
+    """``save_pretrained`` would rename int8 experts and cut them up as it does those of the float checkpoint, to names
+    that nothing reads again: they are saved as in ``state_dict``."""
+    for module in model.modules():
+        if hasattr(module, "save_pretrained") and any(isinstance(part, Int8Experts) for part in module.modules()):
+            module._weight_conversions = []
 
 
 def _tie_scales(model: nn.Module, tied: set[str]) -> None:

@@ -286,7 +286,9 @@ def _unknown(anchor: Anchor) -> str:
             return f"{anchor.detail} as single operations, which no pattern covers"
         return f"{anchor.detail} does not take a linear layer's result as it is: alone it is one kernel of stock torch"
     if anchor.kind == "linear" and anchor.detail == "experts":
-        return "expert weights are multiplied by stock torch: tinyfuse has no kernel for grouped products"
+        return (
+            "expert weights stored [E, K, N] are multiplied by stock torch; quantised to int8 they are stored [E, N, K]"
+        )
     if anchor.detail == "softmax, softcap":
         return "its scores pass through a softcap (tanh), which no pattern covers"
     if anchor.detail == "softmax":

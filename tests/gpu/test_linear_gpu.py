@@ -12,6 +12,8 @@ from tinyfuse.kernels import (
     _gemv,
     _norm_digits,
     _one_row,
+    experts_gated_linear,
+    experts_linear,
     gated_act,
     gated_linear,
     linear,
@@ -186,3 +188,41 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.tinyfuse.linear.default, (x, w, scale, None, None))
     torch.library.opcheck(torch.ops.tinyfuse.linear_group.default, (x, [w, w], [scale, scale], [None, None]))
     torch.library.opcheck(torch.ops.tinyfuse.gated_linear.default, (x, w, w, scale, scale, None, None, "silu"))
+
+
+@pytest.mark.parametrize("S", [1, 6, 32, 64, 300])
+@pytest.mark.parametrize("E, N, K", [(8, 1000, 2048), (60, 1536, 704), (16, 34, 14336)])
+def test_experts(E, N, K, S):
+    """Few rows and prompts, sorted and not; some experts have no row, one has a quarter of them."""
+    ids = torch.randint(0, E, (S,), device="cuda")
+    ids[: S // 4] = E // 2
+    offs = torch.bincount(ids, minlength=E).cumsum(0).int()
+    for dtype, int8 in itertools.product([torch.bfloat16, torch.float16], [False, True]):
+        x = rows(S, K, dtype, dtype is torch.bfloat16)
+        w, scale = weights(E * N, K, torch.int8 if int8 else dtype)
+        w, scale = w.view(E, N, K), None if scale is None else scale.view(E, N)
+        wide = w.double() if scale is None else w.double() * scale.double()[..., None]
+        plain = w if scale is None else wide.to(dtype)
+        for given, chosen in (((offs, None), ids.sort()[0]), ((None, ids), ids)):
+            exact = torch.stack([row.double() @ wide[e].T for row, e in zip(x, chosen.tolist(), strict=True)])
+            eager = torch.stack([row @ plain[e].T for row, e in zip(x, chosen.tolist(), strict=True)])
+            assert_as_exact_as_eager("linear", experts_linear.OP(x, w, scale, *given), eager, exact)
+            out = experts_gated_linear.OP(x, w, scale, *given, "silu")
+            eager, exact = (gated_act.reference(*y.chunk(2, -1), "silu") for y in (eager, exact))
+            assert_as_exact_as_eager("gated_linear", out, eager, exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+def test_a_graph_holds_experts(dtype):
+    """Replayed for other experts than it was captured with."""
+    x, (w, scale) = rows(4, 512, torch.bfloat16, False), weights(8 * 96, 512, dtype)
+    w, scale = w.view(8, 96, 512), None if scale is None else scale.view(8, 96)
+    offs = torch.arange(1, 9, device="cuda", dtype=torch.int32).clamp(max=4)
+    experts_linear.OP(x, w, scale, offs, None)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = experts_linear.OP(x, w, scale, offs, None)
+    for ends in ([0, 0, 4, 4, 4, 4, 4, 4], [1, 2, 2, 2, 2, 2, 3, 4]):
+        offs.copy_(torch.tensor(ends))
+        graph.replay()
+        torch.testing.assert_close(out, experts_linear.OP(x, w, scale, offs, None))

@@ -38,6 +38,17 @@ def baddbmm(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, beta: float, alph
     return torch.baddbmm(x, a, b, beta=beta, alpha=alpha)
 
 
+def grouped_mm(x, weight, offs, bias, out_dtype) -> torch.Tensor:
+    """``torch._grouped_mm`` with its keyword arguments in place: rows of x [S, K], sorted by expert, of which those of
+    e end at offs[e], by the weights [E, K, N] of their experts."""
+    return torch._grouped_mm(x, weight, offs=offs, bias=bias, out_dtype=out_dtype)
+
+
+def grouped_mm_fallback(x: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
+    """The same product as transformers makes it expert by expert, where ``torch._grouped_mm`` does not serve."""
+    return torch.ops.transformers.grouped_mm_fallback(x, weight, offs)
+
+
 def max_along(x: torch.Tensor, dim: int, keepdim: bool) -> torch.Tensor:
     """``torch.max`` along a dim, values and indices."""
     return torch.max(x, dim, keepdim)

@@ -21,7 +21,19 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Graph, Node
 
-from tinyfuse.graph.nodes import baddbmm, cast, gelu, is_static, is_tensor, max_along, same_shape, sdpa, value
+from tinyfuse.graph.nodes import (
+    baddbmm,
+    cast,
+    gelu,
+    grouped_mm,
+    grouped_mm_fallback,
+    is_static,
+    is_tensor,
+    max_along,
+    same_shape,
+    sdpa,
+    value,
+)
 
 _METHODS: dict[str, Callable] = {
     "add": torch.add, "sub": torch.sub, "mul": torch.mul, "div": torch.div, "neg": torch.neg, "pow": torch.pow,
@@ -41,8 +53,9 @@ _FUNCTIONS: dict[Callable, Callable] = {
     torch.nn.functional.tanh: torch.tanh, torch.nn.functional.softmax: torch.softmax, torch.relu: F.relu,
     torch.swapaxes: torch.transpose, torch.concat: torch.cat, torch.layer_norm: F.layer_norm, F.gelu: gelu,
     F.scaled_dot_product_attention: sdpa, torch.rms_norm: F.rms_norm, torch.baddbmm: baddbmm,
-    torch.max: max_along,
+    torch.max: max_along, torch._grouped_mm: grouped_mm, F.grouped_mm: grouped_mm,
 }  # fmt: skip
+_OVERLOADS: dict[str, Callable] = {"transformers::grouped_mm_fallback": grouped_mm_fallback}  # by name: not imported
 _REQUIRED = object()
 # Parameter names and defaults of the canonical functions; a call with other arguments is left as it is.
 _SIGNATURES: dict[Callable, dict[str, Any]] = {
@@ -66,6 +79,8 @@ _SIGNATURES: dict[Callable, dict[str, Any]] = {
     torch.addmm: {"input": _REQUIRED, "mat1": _REQUIRED, "mat2": _REQUIRED},
     baddbmm: {"input": _REQUIRED, "batch1": _REQUIRED, "batch2": _REQUIRED, "beta": 1, "alpha": 1},
     max_along: {"input": _REQUIRED, "dim": _REQUIRED, "keepdim": False},
+    grouped_mm: {"input": _REQUIRED, "weight": _REQUIRED, "offs": None, "bias": None, "out_dtype": None},
+    grouped_mm_fallback: {"input": _REQUIRED, "weight": _REQUIRED, "offs": _REQUIRED},
     F.linear: {"input": _REQUIRED, "weight": _REQUIRED, "bias": None},
     gelu: {"input": _REQUIRED, "approximate": "none"},
     F.silu: {"input": _REQUIRED, "inplace": False},
@@ -128,6 +143,8 @@ def _canonical_call(node: Node) -> None:
         target = _FUNCTIONS.get(node.target, node.target)
         if isinstance(target, torch._ops.OpOverloadPacket):
             target = target.default
+        if isinstance(target, torch._ops.OpOverload):
+            target = _OVERLOADS.get(target.name(), target)
         if target is getattr and node.args[1] in ("T", "mT") and value(node).dim() == 2:
             _become(node, torch.transpose, (node.args[0], 0, 1))
             return
