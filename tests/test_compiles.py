@@ -173,10 +173,9 @@ def test_experts(compiled, int8):
         assert _experts.reason(x, w, scale, *given) is None
         _experts.pairs(x, w, scale, *given)
         _experts.pairs(x, w, scale, *given, "silu")
-    for S in (6, 600, 30000):
-        _experts_gemm.experts_gemm(x.repeat(S // 6, 1), w, scale, ends)
-        _experts_gemm.experts_gemm(x.repeat(S // 6, 1), w, scale, ends, "gelu")
-    assert compiled.count("_pairs") == 4 and compiled.count("_experts_gemm") == 6
+    for S, act in ((600, "gelu"), (30000, "")):
+        _experts_gemm.experts_gemm(x.repeat(S // 6, 1), w, scale, ends, act)
+    assert compiled.count("_pairs") == 4 and compiled.count("_experts_gemm") == 2
 
 
 def test_what_surrounds_a_step(compiled):

@@ -264,7 +264,7 @@ def test_every_experts_implementation_reads_int8(name, implementation):
         model.set_experts_implementation(implementation)
     expected = logits(plain)
     torch.testing.assert_close(logits(pickle.loads(pickle.dumps(quantized))), expected, rtol=0, atol=1e-5)
-    if implementation != "eager":  # whose loop over tokens' experts no graph holds
+    if name == "gpt-oss" and implementation != "eager":  # whose loop over tokens' experts no graph holds
         torch._dynamo.reset()
         compiled = torch.compile(quantized, backend="eager", fullgraph=True)
         torch.testing.assert_close(logits(compiled), expected, rtol=0, atol=1e-5)
