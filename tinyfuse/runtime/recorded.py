@@ -52,7 +52,8 @@ class Watch:
 
     def add(self, tensors: list[Tensor]) -> None:
         """Watch the memory of more tensors."""
-        self.tensors += tensors
+        known = set(map(id, self.tensors))
+        self.tensors += [tensor for tensor in tensors if id(tensor) not in known]
         self.memory = self._memory()
 
     def changed(self) -> bool:
