@@ -42,6 +42,9 @@ def backend(
     if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs):
         fallback.record("backend", "gradients are needed, so the stock graph runs: call it under torch.no_grad()")
         return gm.forward
+    if _autocasts(gm.graph):
+        fallback.record("backend", "autocast is on, so the stock graph runs: load the model in that dtype instead")
+        return gm.forward
     try:
         return compile_graph(gm.graph)
     except fallback.FallbackError:
@@ -49,6 +52,12 @@ def backend(
     except Exception as error:
         fallback.record("backend", f"compilation failed, the stock graph runs: {type(error).__name__}: {error}", error)
         return gm.forward
+
+
+def _autocasts(graph: Graph) -> bool:
+    """Whether autocast chooses the dtypes of products, around the graph or inside it."""
+    entered = [node.args[2] for node in graph.nodes if node.target is torch.amp.autocast_mode._enter_autocast]
+    return any((torch.is_autocast_enabled("cuda"), torch.is_autocast_enabled("cpu"), *entered))
 
 
 def _check(mode: str | None, options: dict[str, Any]) -> None:

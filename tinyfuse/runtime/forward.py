@@ -8,11 +8,10 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tinyfuse.report import Report, collect
 
@@ -80,7 +79,7 @@ def _backend(report: Report, gm: torch.fx.GraphModule, example_inputs: Sequence[
     return run
 
 
-def _compile(forward: Callable[..., Any], report: Report) -> Callable[..., Any]:
+def _compile(forward: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
     """``torch.compile(forward)`` with graphs, a recompile limit and a shape history of its own.
 
     Dynamo keeps all three per code object, and every transformers model enters through the same few decorators.
@@ -90,19 +89,20 @@ def _compile(forward: Callable[..., Any], report: Report) -> Callable[..., Any]:
         return forward(*args, **kwargs)
 
     entry.__code__ = entry.__code__.replace(co_name=f"forward_{next(_serial)}")
-    return torch.compile(entry, backend=partial(_backend, report))
+    return torch.compile(entry, backend=backend)
 
 
 class CompiledForward:
     """Calls ``forward`` through the backend, with one compiled function per kind of call.
 
     Prompts of all lengths are one kind, single tokens another; so are one row and several (Dynamo never generalises
-    from 1), other arguments, and other autograd modes. Each kind has few graphs, so none meets the recompile limit.
-    ``report`` accounts for all of them.
+    from 1), other arguments, other autograd modes, and other hooks on modules of ``model``, which Dynamo does not look
+    for again. Each kind has few graphs, so none meets the recompile limit. ``report`` accounts for all of them.
     """
 
-    def __init__(self, forward: Callable[..., Any], report: Report):
-        self.forward, self.report = forward, report
+    def __init__(self, model: nn.Module, forward: Callable[..., Any], report: Report):
+        self.model, self.forward, self.report = model, forward, report
+        self.hooks: list[dict[int, Any]] = []
         parameters = inspect.signature(forward).parameters.values()
         self.names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
         self.compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
@@ -113,10 +113,22 @@ class CompiledForward:
         if len(names) == len(args) and not kwargs.keys() & set(names):
             args, kwargs = (), dict(zip(names, args, strict=True)) | kwargs
         modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        kind = (*mark_dynamic(kwargs), *modes, *kwargs)
+        kind = (*mark_dynamic(kwargs), *modes, self._hooked(), *kwargs)
         if kind not in self.compiled:
-            self.compiled[kind] = _compile(self.forward, self.report)
+            self.compiled[kind] = _compile(self.forward, self._backend)
         return self.compiled[kind](*args, **kwargs)
+
+    def _backend(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        self.hooks = []  # modules may be others than they were
+        return _backend(self.report, gm, example_inputs)
+
+    def _hooked(self) -> tuple[int, ...]:
+        """The hooks on modules, each by its number."""
+        if not self.hooks:
+            every = nn.modules.module
+            self.hooks = [every._global_forward_hooks, every._global_forward_pre_hooks]
+            self.hooks += [h for m in self.model.modules() for h in (m._forward_hooks, m._forward_pre_hooks)]
+        return tuple([number for hooks in filter(None, self.hooks) for number in hooks])
 
 
 def mark_dynamic(inputs: dict[str, Any]) -> tuple[bool, bool]:

@@ -1,0 +1,147 @@
+"""Uses off the beaten path of an optimised model: what stock gives, each time."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from tests.models import build, prompt
+from tests.tolerance import LOGITS, error
+from tinyfuse.api import optimize
+from tinyfuse.quantize import quantize_
+
+INPUTS = prompt(12, batch=2, padding=3)
+
+
+@pytest.fixture
+def pair():
+    fast, _ = build("llama")
+    stock = copy.deepcopy(fast)
+    return optimize(fast), stock
+
+
+@torch.no_grad()
+def assert_same_logits(pair, inputs=INPUTS, **arguments):
+    fast, stock = (model(**inputs, **arguments) for model in pair)
+    torch.testing.assert_close(fast.logits, stock.logits, rtol=LOGITS, atol=LOGITS, equal_nan=True)
+    return fast, stock
+
+
+@pytest.mark.parametrize("name", ["hidden_states", "attentions"])
+def test_what_a_forward_returns_besides_logits(pair, name):
+    assert_same_logits(pair)
+    if name == "attentions":
+        for model in pair:
+            model.set_attn_implementation("eager")
+    fast, stock = assert_same_logits(pair, **{f"output_{name}": True})
+    assert len(fast[name]) == len(stock[name]) >= 2
+    for mine, theirs in zip(fast[name], stock[name], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=LOGITS, atol=LOGITS)
+
+
+@pytest.mark.parametrize("path", ["model.layers.0.self_attn", "model.layers.1.input_layernorm", "model.layers.1.mlp"])
+def test_hooks_on_what_is_fused(pair, path):
+    """Put on after the first call: each sees its module's result and may replace it, until it is taken off."""
+    before, _ = assert_same_logits(pair)
+    seen, handles = [], []
+
+    def double(module, args, out):
+        seen.append((out[0] if isinstance(out, tuple) else out).sum())
+        return (out[0] * 2, *out[1:]) if isinstance(out, tuple) else out * 2
+
+    handles = [model.get_submodule(path).register_forward_hook(double) for model in pair]
+    hooked, _ = assert_same_logits(pair)
+    assert len(seen) == 2 and torch.allclose(*seen, rtol=LOGITS, atol=LOGITS)
+    assert not torch.allclose(hooked.logits, before.logits, atol=1e-2)
+    for handle in handles:
+        handle.remove()
+    after, _ = assert_same_logits(pair)
+    assert torch.allclose(after.logits, before.logits, atol=LOGITS)
+
+
+def test_the_way_of_attention_changes(pair):
+    for implementation in ("sdpa", "eager", "sdpa"):
+        for model in pair:
+            model.set_attn_implementation(implementation)
+        assert_same_logits(pair)
+
+
+def test_scale_and_softcap_change():
+    fast, _ = build("gemma2")
+    stock = copy.deepcopy(fast)
+    pair = optimize(fast), stock
+    for scale, cap in ((0.3, 20.0), (0.11, 1.5), (1.7, None)):
+        for model in pair:
+            for layer in model.model.layers:
+                layer.self_attn.scaling, layer.self_attn.attn_logit_softcapping = scale, cap
+        assert_same_logits(pair)
+
+
+@pytest.mark.parametrize("hidden", [slice(0, 4), slice(8, 12), slice(0, 12)], ids=["left", "right", "everything"])
+def test_padding(pair, hidden):
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[1, hidden] = 0
+    assert_same_logits(pair, {"input_ids": INPUTS["input_ids"], "attention_mask": mask})
+
+
+def test_autocast(pair):
+    with torch.no_grad():
+        exact = pair[1].double()(**INPUTS).logits
+        pair[1].float()
+        with torch.autocast("cpu", torch.bfloat16):
+            fast, stock = (model(**INPUTS).logits for model in pair)
+    assert fast.dtype is stock.dtype
+    assert error(fast, exact) <= 1.5 * error(stock, exact)
+
+
+def test_autocast_of_a_part():
+    class Part(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(16, 16)
+
+        def forward(self, x):
+            with torch.autocast("cpu", torch.bfloat16):
+                y = self.inner(x)
+            return y, self.inner(x)
+
+    model, x = Part().eval(), torch.randn(3, 16)
+    with torch.no_grad():
+        for mine, theirs in zip(torch.compile(model, backend="tinyfuse")(x), model(x), strict=True):
+            assert mine.dtype is theirs.dtype and torch.allclose(mine, theirs)
+
+
+def test_a_model_that_breaks_the_graph(pair):
+    class Breaking(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner, self.calls = inner, []
+
+        def forward(self, x):
+            torch._dynamo.graph_break()
+            self.calls.append(x.shape)
+            return self.inner(x)
+
+    for model in pair:
+        model.model.layers[0].mlp = Breaking(model.model.layers[0].mlp)
+    for _ in range(2):
+        assert_same_logits(pair)
+    assert pair[0].model.layers[0].mlp.calls == pair[1].model.layers[0].mlp.calls
+
+
+def test_sixty_layers_with_outlier_channels():
+    """Of a residual stream whose few channels are a hundred times larger than the others."""
+    stock, _ = build("llama", num_hidden_layers=60, hidden_size=64, num_attention_heads=4, num_key_value_heads=2)
+    with torch.no_grad():
+        stock.model.embed_tokens.weight[:, [3, 40]] *= 100
+    ids = INPUTS["input_ids"][:1]
+    options = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    for quantised in (False, True):
+        if quantised:
+            quantize_(stock)
+        fast = optimize(copy.deepcopy(stock))
+        mine, theirs = (model.generate(ids, **options) for model in (fast, stock))
+        assert torch.equal(mine.sequences, theirs.sequences)
+        torch.testing.assert_close(torch.stack(mine.logits), torch.stack(theirs.logits), rtol=1e-3, atol=1e-3)
+        assert not fast._tinyfuse.fallbacks
