@@ -62,23 +62,6 @@ def intercept(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> GraphCa
     return None
 
 
-def _backend(report: Report, gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-    from tinyfuse.backend import backend  # every pattern and kernel; not on the way of `import tinyfuse`
-
-    with collect(report):
-        compiled = backend(gm, example_inputs)
-
-    def run(*args: Any) -> Any:
-        if getattr(_watch, "intercept", False):
-            raise _Intercepted(GraphCall(compiled, args))
-        outputs = compiled(*args)
-        if (calls := getattr(_watch, "calls", None)) is not None:
-            calls.append(GraphCall(compiled, args, outputs))
-        return outputs
-
-    return run
-
-
 def _compile(forward: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
     """``torch.compile(forward)`` with graphs, a recompile limit and a shape history of its own.
 
@@ -119,8 +102,21 @@ class CompiledForward:
         return self.compiled[kind](*args, **kwargs)
 
     def _backend(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        from tinyfuse.backend import backend  # every pattern and kernel; not on the way of `import tinyfuse`
+
         self.hooks = []  # modules may be others than they were
-        return _backend(self.report, gm, example_inputs)
+        with collect(self.report):
+            compiled = backend(gm, example_inputs)
+
+        def run(*args: Any) -> Any:
+            if getattr(_watch, "intercept", False):
+                raise _Intercepted(GraphCall(compiled, args))
+            outputs = compiled(*args)
+            if (calls := getattr(_watch, "calls", None)) is not None:
+                calls.append(GraphCall(compiled, args, outputs))
+            return outputs
+
+        return run
 
     def _hooked(self) -> tuple[int, ...]:
         """The hooks on modules, each by its number."""
