@@ -40,12 +40,13 @@ def pdl(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-_rehearsing: ContextVar[bool] = ContextVar("rehearsing", default=False)
+# The launches seen, where launches only compile.
+_rehearsed: ContextVar[set[Any] | None] = ContextVar("rehearsed", default=None)
 
 
 def rehearsing() -> bool:
     """Whether launches compile and do nothing else, and tensors have no memory."""
-    return _rehearsing.get()
+    return _rehearsed.get() is not None
 
 
 class _Loader(ThreadPoolExecutor):
@@ -68,18 +69,24 @@ def rehearsal() -> Iterator[None]:
     device = triton.runtime.driver.active.get_current_device()
     pool = _Loader(os.cpu_count(), "compile", torch.cuda.set_device, (device,))
     with pool, triton.AsyncCompileMode(pool, ignore_errors=True):
-        token = _rehearsing.set(True)
+        token = _rehearsed.set(set())
         try:
             yield
         finally:
-            _rehearsing.reset(token)
+            _rehearsed.reset(token)
 
 
 def start(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> Any:
     """Launch ``kernel``, or compile it for arguments that begin at multiples of 16 bytes."""
-    if not rehearsing():
+    seen = _rehearsed.get()
+    if seen is None:
         return kernel[grid](*args, **options)
-    return kernel.warmup(*[a.dtype if isinstance(a, torch.Tensor) else a for a in args], grid=grid, **options)
+    kinds = tuple([a.dtype if isinstance(a, torch.Tensor) else a for a in args])
+    launch = kernel, kinds, tuple(options.items())
+    if launch not in seen:  # Triton would look for it on disk as long as it is being compiled
+        seen.add(launch)
+        kernel.warmup(*kinds, grid=grid, **options)
+    return None
 
 
 def aligned(x: torch.Tensor) -> bool:
@@ -101,14 +108,11 @@ class Launch:
         self.scalars = scalars
         self.options = {"num_warps": num_warps, "launch_pdl": True} if ahead else {"num_warps": num_warps}
         self.compiled: Any = None
-        self.rehearsed = False
         self.device = 0
 
     def __call__(self, *tensors: torch.Tensor | None) -> None:
         if rehearsing():
-            if not self.rehearsed:
-                start(self.kernel, self.grid, *tensors, *self.scalars, **self.options)
-                self.rehearsed = True
+            start(self.kernel, self.grid, *tensors, *self.scalars, **self.options)
             return
         for x in tensors:
             if x is not None and x.data_ptr() & 15:

@@ -28,6 +28,7 @@ from torch.fx.experimental.symbolic_shapes import (
     SYMPY_INTERP,
     DimDynamic,
     ShapeEnv,
+    SLoc,
     StatelessSymbolicContext,
     free_unbacked_symbols,
 )
@@ -79,6 +80,13 @@ class Recording:
         return bool(eval(self.guard, SYMPY_INTERP, {"L": tensors}))
 
 
+class _Shapes(ShapeEnv):
+    """Notes no line of code beside a guard: to find the user's it would import Inductor, half a second or more."""
+
+    def _get_stack_summary(self, is_debug: bool = False, framework_loc: str | None = None) -> tuple[SLoc, str]:
+        return SLoc(framework_loc, None), ""
+
+
 def record(
     call: Callable[[dict[str, FakeTensor]], Any], given: Mapping[str, Given], modules: Mapping[int, str]
 ) -> tuple[Graph, Recording]:
@@ -86,7 +94,7 @@ def record(
 
     ``modules``: the paths of the modules it may enter, by ``id``. Raises Declined, and what the call raises.
     """
-    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True, static_shapes=True)
+    mode = FakeTensorMode(shape_env=_Shapes(), allow_non_fake_inputs=True, static_shapes=True)
     recorder = _Recorder(mode, modules)
     fakes = {name: recorder.stand_in(name, item) for name, item in given.items()}
     symbols = recorder.take(fakes)
