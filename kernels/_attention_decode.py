@@ -22,9 +22,9 @@ from tinyfuse.kernels.rope import table_strides
 MASK_NONE, MASK_BOOL, MASK_FLOAT = 0, 1, 2
 MAX_ROWS = 16
 MAX_SPLITS = 64
-# A program of `_decode` merges at most so many numbers (splits x rows x head_dim, each padded to a power of two).
-# Chosen before measurement: two warps hold them in registers, and of 16384 they spill.
-MERGED = 8192
+# A program of `_decode` merges at most so many numbers (splits x rows x head_dim, each padded to a power of two): with
+# 8192 it takes 2 to 3 µs longer than a kernel that merges twice as many splits.
+MERGED = 4096
 
 
 class Plan(NamedTuple):
@@ -338,20 +338,27 @@ def plan(rows: int, programs: int, Skv: int, width: int, itemsize: int, device: 
     """rows: query rows that share a kv head; programs: batch times kv heads; width: the larger padded head_dim.
 
     As measured on an H200: where a block to a program is no more than two programs to a multiprocessor, it loads all of
-    its keys and values at once. Else they come in blocks, some on their way. For one row to a kv head large ones are
-    faster at two programs to a multiprocessor; beyond four, which hide each other's latency, one warp and small ones.
+    its keys and values at once, with 8 warps if a multiprocessor has one program (it has no registers for two of them)
+    and few splits to merge. Else they come in blocks, some on their way. For one row to a kv head large ones are faster
+    at two programs to a multiprocessor; beyond four, which hide each other's latency, one warp and small ones.
     """
     block_r = min(64, max(16, triton.next_power_of_2(rows)))
-    wave = 2 * _multiprocessors(device) / (programs * triton.cdiv(rows, block_r))
+    processors = _multiprocessors(device)
+    wave = 2 * processors / (programs * triton.cdiv(rows, block_r))
     key = width * itemsize
     block_n = max(16, min(128, 32768 // key))
     blocks = triton.cdiv(Skv, block_n)
     if blocks <= min(wave, MAX_SPLITS) and block_r == 16:
-        return Plan(block_r, block_n, blocks, 8, 1)
+        return Plan(block_r, block_n, blocks, 8 if blocks <= 4 and blocks * programs <= processors else 4, 1)
     if wave < 0.5 and rows == 1 and key <= 256:
         return Plan(block_r, max(16, 4096 // key), 1, 1, 3)
+    large = max(16, min(128, 16384 // key))
     if wave < 2 and rows == 1:
-        return Plan(block_r, max(16, min(128, 16384 // key)), max(1, round(wave)), 4, 2)
+        return Plan(block_r, large, max(1, round(wave)), 4, 2)
+    if block_r == 16:
+        # Three programs to a multiprocessor, or two where the partial results of several rows are merged.
+        splits = round(1.5 * wave) if rows == 1 else int(wave)
+        return Plan(block_r, large, max(1, min(splits, triton.cdiv(Skv, large), MAX_SPLITS)), 4, 2)
     block_n = max(16, min(128, 8192 // key))
     blocks = triton.cdiv(Skv, block_n)
     # Two programs per multiprocessor, or four small ones once each has 8 blocks: partial results stay few.

@@ -23,7 +23,7 @@ from tinyfuse.kernels.gated_act import activate
 
 # Digits, rows, columns and depth of a tile, stages, warps, shares of K.
 Config = tuple[int, int, int, int, int, int, int]
-MOST_ROWS = 256  # beyond, expanding the weight and cuBLAS are faster
+MOST_ROWS = {2: 1024, 3: 256}  # by digits; beyond, expanding the weight and cuBLAS are faster
 
 
 @jit(do_not_specialize=["rows", "tiles"])
@@ -202,8 +202,9 @@ def reason(x: Tensor, weights: list[Tensor], scales: list[Tensor | None], biases
     """Why :func:`gemm` cannot run these."""
     if scales[0] is None:
         return "cuBLAS multiplies weights in x's dtype"
-    if x.numel() // x.shape[-1] > MOST_ROWS:
-        return f"the int8 tensor-core kernel takes at most {MOST_ROWS} rows of x"
+    most = MOST_ROWS[digit_count(x.dtype)]
+    if x.numel() // x.shape[-1] > most:
+        return f"the int8 tensor-core kernel takes at most {most} rows of x in {x.dtype}"
     if len(weights) > 3:
         return "the int8 tensor-core kernel takes at most 3 weights together"
     return _gemv.reason(x, weights, scales, biases)
@@ -261,7 +262,11 @@ def tile(m: int, n: int, dtype: torch.dtype, device: torch.device) -> Config:
     block_m = 8 if m <= 8 else 16 if m <= 16 else 32 if m <= 32 or count == 3 else 64
     block_k = 256 if m <= 16 else 128
     blocks_m = triton.cdiv(m, block_m)
-    block_n = 128 if triton.cdiv(n, 64) * blocks_m > 1024 else 64
+    narrow, wide = triton.cdiv(n, 64) * blocks_m, triton.cdiv(n, 128) * blocks_m
+    # Beyond 64 rows, tiles of 128 columns, two to a multiprocessor, win where they take fewer rounds than those of 64,
+    # three to one.
+    rounds = triton.cdiv(wide, 2 * processors) < triton.cdiv(narrow, 3 * processors)
+    block_n = 128 if (rounds if m > 64 else narrow > 1024) else 64
     blocks, parts = triton.cdiv(n, block_n) * blocks_m, 1
     if blocks <= processors // 2:
         block_k *= 2

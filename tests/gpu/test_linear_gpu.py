@@ -53,7 +53,7 @@ def check(out, x, w, scale, bias=None, residual=None, op="linear"):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("M", [1, 2, 3, 8, 9, 16, 17, 32, 33, 64, 257, 520])
+@pytest.mark.parametrize("M", [1, 2, 3, 8, 9, 16, 17, 32, 33, 64, 257, 520, 1100])
 def test_error(shape, M):
     N, K = shape
     for dtype, int8 in itertools.product([torch.bfloat16, torch.float16], [False, True]):
