@@ -16,7 +16,7 @@ def optimize(model: nn.Module, quantize: str | None = None, *, fallback: str = "
     """Make ``model`` fast, in place, and return it. Its class and all other instances stay as they are.
 
     ``model.forward`` then runs through the tinyfuse backend: one graph for prompts of every length, one for single
-    tokens. ``model.generate``, where there is one, runs greedy decoding and sampling on static memory, on CUDA as one
+    tokens; so does that of an encoder which ``generate`` calls. ``model.generate``, where there is one, runs greedy decoding and sampling on static memory, on CUDA as one
     graph per token, with the tokens that transformers would choose; what that loop does not cover (beam search, a
     cache of your own, ...) runs as before, over the compiled forward. :func:`restore` undoes it.
 
@@ -53,7 +53,7 @@ def optimize(model: nn.Module, quantize: str | None = None, *, fallback: str = "
         if callable(getattr(model, "generate", None)) and _adapted(model) is None:
             model.generate = Generate(runtime)
     runtime.mode = fallback
-    if (inner := _adapted(model)) is not None:
+    for inner in _called_by_generate(model):
         optimize(inner, fallback=fallback)
     return model
 
@@ -69,7 +69,7 @@ def restore(model: nn.Module) -> nn.Module:
             vars(model).pop(name, None)
         vars(model).update(runtime.own)
         runtime.release()
-        if (inner := _adapted(model)) is not None:
+        for inner in _called_by_generate(model):
             restore(inner)
     return model
 
@@ -77,6 +77,17 @@ def restore(model: nn.Module) -> nn.Module:
 def _adapted(model: nn.Module) -> nn.Module | None:
     """The model inside of a PEFT wrapper, whose ``generate`` the wrapper's calls."""
     return model.get_base_model() if hasattr(model, "get_base_model") else None
+
+
+def _called_by_generate(model: nn.Module) -> list[nn.Module]:
+    """The models inside of ``model`` whose forward or ``generate`` runs without that of ``model``."""
+    if (inner := _adapted(model)) is not None:
+        return [inner]
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False) and callable(getattr(model, "generate", None)):
+        encoder = model.get_encoder()
+        return [encoder] if isinstance(encoder, nn.Module) and encoder is not model else []
+    return []
 
 
 def _describe(value: object) -> str:
