@@ -307,9 +307,7 @@ _MANY = {torch.float32: 32, torch.bfloat16: 32 if _has_bf16_units() else 1 << 62
 _EXPANDED = 1 << 22
 
 
-def torch_is_faster(
-    x: torch.Tensor, weight: torch.Tensor | None = None, scale: torch.Tensor | None = None
-) -> bool:
+def torch_is_faster(x: torch.Tensor, weight: torch.Tensor | None = None, scale: torch.Tensor | None = None) -> bool:
     """Whether torch's own linear is, for as many rows as ``x`` has: on weights in its dtype, or on int8 ``weight``
     expanded to it."""
     if scale is None:

@@ -16,9 +16,10 @@ def optimize(model: nn.Module, quantize: str | None = None, *, fallback: str = "
     """Make ``model`` fast, in place, and return it. Its class and all other instances stay as they are.
 
     ``model.forward`` then runs through the tinyfuse backend: one graph for prompts of every length, one for single
-    tokens; so does that of an encoder which ``generate`` calls. ``model.generate``, where there is one, runs greedy decoding and sampling on static memory, on CUDA as one
-    graph per token, with the tokens that transformers would choose; what that loop does not cover (beam search, a
-    cache of your own, ...) runs as before, over the compiled forward. :func:`restore` undoes it.
+    tokens; so does the forward of an encoder that ``generate`` calls. ``model.generate``, where there is one, runs
+    greedy decoding and sampling on static memory, on CUDA as one graph per token, with the tokens that transformers
+    would choose; what that loop does not cover (beam search, encoder-decoders, a cache of your own, ...) runs as
+    before, over the compiled forward. :func:`restore` undoes it.
 
     ``quantize="int8"`` converts the weights first, see :func:`tinyfuse.quantize.quantize_`; it may also be passed in a
     later call. ``fallback="error"`` raises :class:`tinyfuse.fallback.FallbackError` where ``generate`` would otherwise

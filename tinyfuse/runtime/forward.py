@@ -83,8 +83,9 @@ class CompiledForward:
     """Calls ``forward`` through the backend, with one compiled function per kind of call.
 
     Prompts of all lengths are one kind, single tokens another; so are one row and several (Dynamo never generalises
-    from 1), a cache that holds nothing, one token or more, other arguments, other autograd modes, and other hooks on modules of ``model``, which Dynamo does not look
-    for again. Each kind has few graphs, so none meets the recompile limit. ``report`` accounts for all of them.
+    from 1), a growing cache that holds nothing, one token or more, other arguments, other autograd modes, and other
+    hooks on modules of ``model``, which Dynamo does not look for again. Each kind has few graphs, so none meets the
+    recompile limit. ``report`` accounts for all of them.
     """
 
     def __init__(self, model: nn.Module, forward: Callable[..., Any], report: Report):
