@@ -19,10 +19,8 @@ eps, dim = scalar("eps dim")
 wide = cast(x, torch.float32)
 square = one_of(call(torch.pow, wide, 2), wide * wide, call(torch.square, wide))
 variance = call(torch.mean, square, dim, True) + eps
-normed = one_of(
-    one_of(wide, x) * one_of(call(torch.rsqrt, variance), call(torch.pow, variance, -0.5)),
-    wide / call(torch.sqrt, variance),
-)
+factor = call(torch.rsqrt, variance)
+normed = one_of(wide * factor, x * factor, wide * call(torch.pow, variance, -0.5), wide / call(torch.sqrt, variance))
 
 over_last = Check(lambda m: m.dim == m.value("x").dim() - 1, "it normalises over another dimension than the last")
 same_dtype = Check(lambda m: m.D is m.dtype("x"), "its result has another dtype than its input")
