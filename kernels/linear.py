@@ -41,7 +41,8 @@ def supports_native(
 
 def run_native(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     if _native.torch_is_faster(x, weight, scale):
-        return reference(x, dequantize(weight, scale, x.dtype), None, bias, residual)
+        y = F.linear(x, dequantize(weight, scale, x.dtype), bias)
+        return y if residual is None else y.add_(residual)
     x = x if x.is_contiguous() else x.contiguous()
     if residual is not None and not residual.is_contiguous():
         residual = residual.contiguous()

@@ -84,9 +84,9 @@ def _called_by_generate(model: nn.Module) -> list[nn.Module]:
     """The models inside of ``model`` whose forward or ``generate`` runs without that of ``model``."""
     if (inner := _adapted(model)) is not None:
         return [inner]
-    config = getattr(model, "config", None)
-    if getattr(config, "is_encoder_decoder", False) and callable(getattr(model, "generate", None)):
-        encoder = model.get_encoder()
+    config, get = getattr(model, "config", None), getattr(model, "get_encoder", None)
+    if getattr(config, "is_encoder_decoder", False) and callable(getattr(model, "generate", None)) and callable(get):
+        encoder = get()
         return [encoder] if isinstance(encoder, nn.Module) and encoder is not model else []
     return []
 
