@@ -53,8 +53,6 @@ TEXT = """
 
 {totals}
 
-The ten most frequent reasons why a site is left as it was:
-
 {reasons}
 
 {types}
@@ -144,9 +142,16 @@ def page(head: str, made: list[Result]) -> str:
         fine=sum(not r.wrong and not r.stock for r in made),
         all=len(made),
         totals=table(["", *kinds], [["all", *shares]]),
-        reasons="\n".join(f"- {count} {kind}: {reason}" for (kind, reason), count in reasons.most_common(10)),
+        reasons=most_frequent(reasons),
         types=table(["type", "result", *kinds], rows),
     )
+
+
+def most_frequent(reasons: Counter) -> str:
+    if not reasons:
+        return "No site that was found is left as it was."
+    lines = [f"- {count} {kind}: {reason}" for (kind, reason), count in reasons.most_common(10)]
+    return "\n".join(["The ten most frequent reasons why a site is left as it was:", "", *lines])
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
