@@ -72,12 +72,13 @@ INLINE void store8(float* p, F8 v) { std::memcpy(p, &v, sizeof v); }
 INLINE void store8(bf16* p, F8 v) {  // to nearest even; NaN keeps its top bits and stays quiet
   U8 bits = (U8)v;
   U8 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, is_nan = (U8)(v != v);
+  U8 kept = (rounded & ~is_nan) | (((bits >> 16) | 0x40u) & is_nan);
 #if defined(__AVX2__)
-  if (__builtin_expect(_mm256_movemask_ps((__m256)is_nan), 0)) rounded = (rounded & ~is_nan) | (((bits >> 16) | 0x40u) & is_nan);
-  _mm_storeu_si128((__m128i*)p, _mm_packus_epi32(_mm256_castsi256_si128((__m256i)rounded),
-                                                _mm256_extracti128_si256((__m256i)rounded, 1)));
+  if (!__builtin_expect(_mm256_movemask_ps((__m256)is_nan), 0)) kept = rounded;
+  __m128i low = _mm256_castsi256_si128((__m256i)kept), high = _mm256_extracti128_si256((__m256i)kept, 1);
+  _mm_storeu_si128((__m128i*)p, _mm_packus_epi32(low, high));
 #else
-  U16x8 h = __builtin_convertvector((rounded & ~is_nan) | (((bits >> 16) | 0x40u) & is_nan), U16x8);
+  U16x8 h = __builtin_convertvector(kept, U16x8);
   std::memcpy(p, &h, sizeof h);
 #endif
 }
