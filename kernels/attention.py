@@ -82,15 +82,18 @@ def flashes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, 
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool) -> Tensor:
-    """SDPA without the copies of keys and values that ``reference`` makes for grouped heads."""
+    """SDPA without the copies of keys and values that ``reference`` makes for grouped heads. On a CPU it gives zeros
+    for rows that no key is shown to."""
     grouped = q.shape[1] != k.shape[1]
-    out = F.scaled_dot_product_attention(q, k, v, None, 0.0, is_causal, scale=scale, enable_gqa=grouped)
+    out = F.scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, scale=scale, enable_gqa=grouped)
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 # --- CPU ---
 
 _pack_native = _native.packer("32qd")
+# Measured: at 12 x 12 scores per head the kernel takes 0.6 to 0.8 of SDPA's time, at 32 x 32 up to 1.5, at 128 x 128 2.
+MOST_SCORES = 256
 
 
 def supports_native(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool) -> str | None:
@@ -98,6 +101,8 @@ def supports_native(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale:
         return f"{q.shape[1]} query heads are not a multiple of {k.shape[1]} key/value heads"
     if mask is not None and (mask.dim() != 4 or mask.dtype not in (torch.bool, *_native.FLOATING)):
         return "the CPU attention takes a bool or floating mask of rank 4"
+    if q.shape[2] > 1 and q.shape[2] * k.shape[2] > MOST_SCORES:
+        return f"SDPA is faster from {MOST_SCORES} scores per head on, but for a single query row"
     return _native.rows_reason(q, k, v) or _native.reason(mask)
 
 
@@ -132,5 +137,6 @@ OP = register(
         Kernel("prefill", "cuda", prefills, prefill),
         Kernel("sdpa", "cuda", flashes, flash),
         Kernel("native", "cpu", supports_native, run_native),
+        Kernel("sdpa", "cpu", lambda *_: None, flash),
     ],
 )

@@ -57,8 +57,9 @@ def run_native(
     x: Tensor, w_gate: Tensor, w_up: Tensor | None, s_gate: Tensor | None, s_up: Tensor | None,
     b_gate: Tensor | None, b_up: Tensor | None, act: str,
 ) -> Tensor:  # fmt: skip
-    if s_gate is None and _native.torch_is_faster(x):
-        return reference(x, w_gate, w_up, s_gate, s_up, b_gate, b_up, act)
+    if _native.torch_is_faster(x, w_gate, s_gate):
+        up = None if w_up is None else linear.dequantize(w_up, s_up, x.dtype)
+        return reference(x, linear.dequantize(w_gate, s_gate, x.dtype), up, None, None, b_gate, b_up, act)
     x = x if x.is_contiguous() else x.contiguous()
     y = _native.empty(x, w_gate.shape[0])
     fields = _native.part(w_gate, s_gate, b_gate, None, y)

@@ -16,7 +16,7 @@ from tinyfuse.op import Kernel, register
 
 
 def dequantize(weight: Tensor, scale: Tensor | None, dtype) -> Tensor:
-    return weight if scale is None else (weight.float() * scale.float()[:, None]).to(dtype)
+    return weight if scale is None else weight.float().mul_(scale.float()[:, None]).to(dtype)
 
 
 def reference(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
@@ -40,8 +40,9 @@ def supports_native(
 
 
 def run_native(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    if scale is None and _native.torch_is_faster(x):
-        return reference(x, weight, scale, bias, residual)
+    if _native.torch_is_faster(x, weight, scale):
+        y = F.linear(x, dequantize(weight, scale, x.dtype), bias)
+        return y if residual is None else y.add_(residual)
     x = x if x.is_contiguous() else x.contiguous()
     if residual is not None and not residual.is_contiguous():
         residual = residual.contiguous()

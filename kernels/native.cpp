@@ -71,10 +71,16 @@ INLINE F8 load8(const f16* p) {
 INLINE void store8(float* p, F8 v) { std::memcpy(p, &v, sizeof v); }
 INLINE void store8(bf16* p, F8 v) {  // to nearest even; NaN keeps its top bits and stays quiet
   U8 bits = (U8)v;
-  U8 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, nan = (bits >> 16) | 0x40u;
-  U8 is_nan = (U8)(v != v);
-  U16x8 h = __builtin_convertvector((rounded & ~is_nan) | (nan & is_nan), U16x8);
+  U8 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, is_nan = (U8)(v != v);
+  U8 kept = (rounded & ~is_nan) | (((bits >> 16) | 0x40u) & is_nan);
+#if defined(__AVX2__)
+  if (!__builtin_expect(_mm256_movemask_ps((__m256)is_nan), 0)) kept = rounded;
+  __m128i low = _mm256_castsi256_si128((__m256i)kept), high = _mm256_extracti128_si256((__m256i)kept, 1);
+  _mm_storeu_si128((__m128i*)p, _mm_packus_epi32(low, high));
+#else
+  U16x8 h = __builtin_convertvector(kept, U16x8);
   std::memcpy(p, &h, sizeof h);
+#endif
 }
 INLINE uint16_t float_to_half(float value) {  // to nearest even
   uint32_t bits;
@@ -830,52 +836,71 @@ namespace {
 
 struct NormWork { const NormArgs* args; const float *gain, *bias; float* rows; };
 
-template <class X> void norm_row(const NormArgs& a, const float* gain, const float* bias, float* buffer, i64 row) {
-  const X* x = (const X*)a.x + row * a.N;
-  X* y = (X*)a.y + row * a.N;
-  F8 sums = {}, squares = {};
-  for (i64 n = 0; n < a.N; n += 8) {
-    i64 some = a.N - n;
-    F8 v = load_some(x + n, some);
-    if (a.residual) {
-      v += load_some((const X*)a.residual + row * a.N + n, some);
-      store_some((X*)a.total + row * a.N + n, v, some);
-      v = rounded<X>(v);
-    }
+// x, or the sum of x and the residual as it is kept in `total`, of 8 or fewer elements.
+template <class X, bool RESIDUAL> INLINE F8 norm_input(const X* x, const X* residual, X* total, i64 some) {
+  if (!RESIDUAL) return load_some(x, some);
+  F8 v = load_some(x, some) + load_some(residual, some);
+  store_some(total, v, some);
+  return sizeof(X) == 4 ? v : load_some(total, some);
+}
+
+// Four sums side by side: one would wait for itself.
+template <class X, bool RESIDUAL, bool CENTER>
+void norm_row(const NormArgs& a, const float* gain, const float* bias, float* buffer, i64 row) {
+  const i64 first = row * a.N, N = a.N, whole = N / 32 * 32, round = a.cast_first;
+  const X *x = (const X*)a.x + first, *residual = (const X*)a.residual + first;
+  X *sum_kept = (X*)a.total + first, *y = (X*)a.y + first;
+  F8 sums[4] = {}, squares[4] = {};
+  auto take = [&](i64 n, i64 some, int j) {
+    F8 v = norm_input<X, RESIDUAL>(x + n, residual + n, sum_kept + n, some);
     store8(buffer + n, v);
-    sums += v;
-    squares += v * v;
-  }
-  float mean = 0.0f, square;
-  if (a.center) {
-    mean = sum(sums) / a.N;
-    squares = F8{};
-    for (i64 n = 0; n < a.N; n += 8) {
+    sums[j] += CENTER ? v : v * v;
+  };
+  for (i64 n = 0; n < whole; n += 32)
+    for (int j = 0; j < 4; j++) take(n + 8 * j, 8, j);
+  for (i64 n = whole; n < N; n += 8) take(n, N - n, 0);
+  float total = sum((sums[0] + sums[1]) + (sums[2] + sums[3])) / N, mean = 0.0f;
+  if (CENTER) {
+    mean = total;
+    for (i64 n = 0; n < whole; n += 32)
+      for (int j = 0; j < 4; j++) {
+        F8 v = load8(buffer + n + 8 * j) - mean;
+        squares[j] += v * v;
+      }
+    for (i64 n = whole; n < N; n += 8) {
       F8 v = load8(buffer + n) - mean;
-      if (a.N - n < 8) for (i64 i = a.N - n; i < 8; i++) v[i] = 0.0f;
-      squares += v * v;
+      if (N - n < 8) for (i64 i = N - n; i < 8; i++) v[i] = 0.0f;
+      squares[0] += v * v;
     }
+    total = sum((squares[0] + squares[1]) + (squares[2] + squares[3])) / N;
   }
-  square = sum(squares) / a.N;
-  float factor = 1.0f / std::sqrt(square + (float)a.eps);
-  for (i64 n = 0; n < a.N; n += 8) {
+  float factor = 1.0f / std::sqrt(total + (float)a.eps);
+  auto put = [&](i64 n, i64 some) {
     F8 v = (load8(buffer + n) - mean) * factor;
-    if (a.cast_first) v = rounded<X>(v);
+    if (round) v = rounded<X>(v);
     if (gain) v *= load8(gain + n);
     if (bias) v += load8(bias + n);
-    store_some(y + n, v, a.N - n);
-  }
+    store_some(y + n, v, some);
+  };
+  i64 n = 0;
+  for (; n + 8 <= N; n += 8) put(n, 8);
+  if (n < N) put(n, N - n);
+}
+
+template <class X> void norm_rows(const NormWork& w, float* buffer, i64 row, i64 last) {
+  const NormArgs& a = *w.args;
+  auto run = a.residual ? (a.center ? norm_row<X, true, true> : norm_row<X, true, false>)
+                        : (a.center ? norm_row<X, false, true> : norm_row<X, false, false>);
+  for (; row < last; row++) run(a, w.gain, w.bias, buffer, row);
 }
 
 void norm_body(const NormWork& w, Team& team) {
   const NormArgs& a = *w.args;
   float* buffer = w.rows + team.id * ceil_div(a.N, 16) * 16;
   i64 first = a.rows * team.id / team.size, last = a.rows * (team.id + 1) / team.size;
-  for (i64 row = first; row < last; row++) {
-    if (a.type == BF16) norm_row<bf16>(a, w.gain, w.bias, buffer, row);
-    else if (a.type == F16) norm_row<f16>(a, w.gain, w.bias, buffer, row);
-    else norm_row<float>(a, w.gain, w.bias, buffer, row);
-  }
+  if (a.type == BF16) norm_rows<bf16>(w, buffer, first, last);
+  else if (a.type == F16) norm_rows<f16>(w, buffer, first, last);
+  else norm_rows<float>(w, buffer, first, last);
 }
 
 template <class W> void widen_gain(const void* weight, i64 N, bool add_one, bool round_sum, float* gain) {

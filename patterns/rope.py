@@ -27,9 +27,9 @@ def halves(source):
 
 
 def turned(source, rotated):
-    """In the dtype W of the products or promoted by cos, rounded to D."""
-    wide = cast(source, "W")
-    other = one_of(rotated(wide), cast(rotated(source), "W"))
+    """In the dtype W of the products, to which both copies of x are cast, or promoted by cos; rounded to D."""
+    wide, again = cast(source, "W"), cast(source, "W")
+    other = one_of(rotated(again), cast(rotated(source), "W"))
     return cast(wide * cos + other * sin, "D")
 
 

@@ -81,7 +81,7 @@ def exact_linear(x, weight, scale, bias, residual):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
 @pytest.mark.parametrize(
-    "M, N, K", [(1, 576, 576), (1, 37, 341), (2, 5, 1), (3, 192, 64), (8, 67, 1537), (19, 130, 300)]
+    "M, N, K", [(1, 576, 576), (1, 37, 341), (2, 5, 1), (3, 192, 64), (8, 67, 1537), (19, 130, 300), (128, 37, 64)]
 )
 def test_linear(M, N, K, dtype, int8, threads):
     x = activations(M, K, dtype)
@@ -113,11 +113,12 @@ def test_linear_by_columns(M, N, K, dtype, threads):
 
 
 @pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
-def test_linear_group_and_gated_linear(int8, threads):
-    x = activations(3, 576, torch.bfloat16)[None]
+@pytest.mark.parametrize("M, dtype", [(3, torch.bfloat16), (130, torch.float32)])
+def test_linear_group_and_gated_linear(M, dtype, int8, threads):
+    x = activations(M, 576, dtype)[None]
     made = [int8_weight(n, 576) if int8 else (float_weight(n, 576, x.dtype), None) for n in (576, 192, 1, 192)]
     weights, scales = [list(column) for column in zip(*made, strict=True)]
-    biases = [None, torch.randn(192).bfloat16(), None, None]
+    biases = [None, torch.randn(192).to(dtype), None, None]
     outs = run(linear_group, x, weights, scales, biases)
     for out, *args in zip(outs, weights, scales, biases, strict=True):
         eager = linear.reference(x, *args, None)
@@ -351,13 +352,15 @@ def attention_inputs(B, H, Hkv, Sq, Skv, D, Dv, dtype):
 
 
 def check_attention(q, k, v, mask, is_causal, scale=0.2):
-    out = run(attention, q, k, v, mask, scale, is_causal)
+    """The kernel and, where that one loses, SDPA."""
+    made = [way(q, k, v, mask, scale, is_causal) for way in (attention.run_native, attention.flash)]
     eager = attention.reference(q, k, v, mask, scale, is_causal)
     wide = mask if mask is None or mask.dtype is torch.bool else mask.double()
     exact = attention.reference(q.double(), k.double(), v.double(), wide, scale, is_causal)
-    assert out.transpose(1, 2).is_contiguous()
-    assert_as_exact_as_eager("attention", out, eager, exact)
-    return out
+    for out in made:
+        assert out.transpose(1, 2).is_contiguous()
+        assert_as_exact_as_eager("attention", out, eager, exact)
+    return torch.stack(made)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -384,9 +387,16 @@ def test_left_padding_and_fully_masked_rows():
     mask[0, ..., 150:170] = True
     mask[1, :, 1, 3] = True
     out = check_attention(q, k, v, mask, False)
-    assert not out[2].any() and not out[1, :, 0].any()
-    alone = run(attention, q[:1], k[:1, :, 150:170], v[:1, :, 150:170], None, 0.2, False)
-    assert_as_exact_as_eager("attention", out[:1], alone, alone.double())
+    assert not out[:, 2].any() and not out[:, 1, :, 0].any()
+    alone = attention.run_native(q[:1], k[:1, :, 150:170], v[:1, :, 150:170], None, 0.2, False)
+    assert_as_exact_as_eager("attention", out[0, :1], alone, alone.double())
+
+
+def test_many_rows_go_to_what_is_faster():
+    q, k, v = attention_inputs(1, 2, 2, 32, 32, 16, 16, torch.float32)
+    args = (q, k, v, None, 0.2, False)
+    assert attention.OP.choose(*args)[0].name == "sdpa"
+    assert attention.OP.choose(q[:, :, :1], *args[1:])[0].name == "native"
 
 
 def test_unsupported_arguments_are_declined_with_a_reason():

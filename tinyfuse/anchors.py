@@ -58,6 +58,7 @@ def module_path(node: Node) -> str:
     if not stack:
         return ""
     path = next(reversed(stack.values()))[0]
+    path = path.replace(".forward.runtime.model", "")  # a part that was optimised by itself
     return re.sub(r"^[GL]\['\w+'\](\.(__self__|_orig_mod))*\.?", "", path)
 
 

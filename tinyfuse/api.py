@@ -16,9 +16,10 @@ def optimize(model: nn.Module, quantize: str | None = None, *, fallback: str = "
     """Make ``model`` fast, in place, and return it. Its class and all other instances stay as they are.
 
     ``model.forward`` then runs through the tinyfuse backend: one graph for prompts of every length, one for single
-    tokens. ``model.generate``, where there is one, runs greedy decoding and sampling on static memory, on CUDA as one
-    graph per token, with the tokens that transformers would choose; what that loop does not cover (beam search, a
-    cache of your own, ...) runs as before, over the compiled forward. :func:`restore` undoes it.
+    tokens; so does the forward of an encoder that ``generate`` calls. ``model.generate``, where there is one, runs
+    greedy decoding and sampling on static memory, on CUDA as one graph per token, with the tokens that transformers
+    would choose; what that loop does not cover (beam search, encoder-decoders, a cache of your own, ...) runs as
+    before, over the compiled forward. :func:`restore` undoes it.
 
     ``quantize="int8"`` converts the weights first, see :func:`tinyfuse.quantize.quantize_`; it may also be passed in a
     later call. ``fallback="error"`` raises :class:`tinyfuse.fallback.FallbackError` where ``generate`` would otherwise
@@ -53,7 +54,7 @@ def optimize(model: nn.Module, quantize: str | None = None, *, fallback: str = "
         if callable(getattr(model, "generate", None)) and _adapted(model) is None:
             model.generate = Generate(runtime)
     runtime.mode = fallback
-    if (inner := _adapted(model)) is not None:
+    for inner in _called_by_generate(model):
         optimize(inner, fallback=fallback)
     return model
 
@@ -69,7 +70,7 @@ def restore(model: nn.Module) -> nn.Module:
             vars(model).pop(name, None)
         vars(model).update(runtime.own)
         runtime.release()
-        if (inner := _adapted(model)) is not None:
+        for inner in _called_by_generate(model):
             restore(inner)
     return model
 
@@ -77,6 +78,17 @@ def restore(model: nn.Module) -> nn.Module:
 def _adapted(model: nn.Module) -> nn.Module | None:
     """The model inside of a PEFT wrapper, whose ``generate`` the wrapper's calls."""
     return model.get_base_model() if hasattr(model, "get_base_model") else None
+
+
+def _called_by_generate(model: nn.Module) -> list[nn.Module]:
+    """The models inside of ``model`` whose forward or ``generate`` runs without that of ``model``."""
+    if (inner := _adapted(model)) is not None:
+        return [inner]
+    config, get = getattr(model, "config", None), getattr(model, "get_encoder", None)
+    if getattr(config, "is_encoder_decoder", False) and callable(getattr(model, "generate", None)) and callable(get):
+        encoder = get()
+        return [encoder] if isinstance(encoder, nn.Module) and encoder is not model else []
+    return []
 
 
 def _describe(value: object) -> str:

@@ -50,8 +50,10 @@ def _parser() -> argparse.ArgumentParser:
 
     bench = _command(commands, "bench", _bench, "time stock variants and tinyfuse side by side")
     _add_model(bench)
+    tasks = "generate tokens, or encode: an encoder's forward (presets minilm, whisper-tiny, whisper-base)"
+    bench.add_argument("--task", choices=("generate", "encode"), default="generate", help=tasks)
     bench.add_argument("--batch", type=_count, default=1, help="prompts at once (default 1)")
-    bench.add_argument("--prompt", type=_count, help="prompt tokens (default 64 on the CPU, 128 on a GPU)")
+    bench.add_argument("--prompt", type=_count, help="tokens (default 64 on the CPU, 128 on a GPU or to encode)")
     bench.add_argument("--gen", type=_at_least(2), help="tokens to generate (default 32 on the CPU, 128 on a GPU)")
     bench.add_argument("--repeats", type=_count, default=5, help="timed repeats, each with its own prompt (default 5)")
     bench.add_argument("--variants", help="comma-separated list (default: all that can run here)")
@@ -122,16 +124,16 @@ def _torch_device(name: str | None) -> str:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    from tinyfuse.bench.run import Settings, bench
-    from tinyfuse.bench.table import show
+    from tinyfuse.bench import encode, run, table
 
     _check_json(arguments.json)
     device = _torch_device(arguments.device)
-    settings = Settings(
+    encodes = arguments.task == "encode"
+    settings = run.Settings(
         model=arguments.model,
         preset=arguments.preset,
         batch=arguments.batch,
-        prompt=arguments.prompt or (64 if device == "cpu" else 128),
+        prompt=arguments.prompt or (64 if device == "cpu" and not encodes else 128),
         gen=arguments.gen or (32 if device == "cpu" else 128),
         dtype=arguments.dtype,
         device=device,
@@ -140,10 +142,10 @@ def _bench(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
     )
     with _Progress() as progress:
-        result = bench(settings, progress.step)
-    show(result, _console())
+        result = (encode if encodes else run).bench(settings, progress.step)
+    (table.show_encoders if encodes else table.show)(result, _console())
     _write_json(arguments.json, result)
-    return 1 if any("error" in row for row in result["rows"]) else 0
+    return 1 if any("error" in row or row.get("agrees") is False for row in result["rows"]) else 0
 
 
 def _explain(arguments: argparse.Namespace) -> int:

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -85,6 +85,14 @@ class Report:
         self.graph_breaks += other.graph_breaks
         self.fallbacks = _sum_fallbacks(self.fallbacks + other.fallbacks)
         return self
+
+    def under(self, path: str) -> Report:
+        """The report as that of a model which holds this one at ``path``."""
+        made = Report(graph_breaks=[*self.graph_breaks], fallbacks=[*self.fallbacks])
+        for graph in self.graphs:
+            sites = [replace(site, module=f"{path}.{site.module}".rstrip(".")) for site in graph.sites]
+            made.graphs.append(replace(graph, name=f"{path} {graph.name}", sites=sites))
+        return made
 
     @property
     def sites(self) -> list[Site]:
@@ -301,7 +309,11 @@ def report_of(model: torch.nn.Module) -> Report:
     runtime = vars(model).get("_tinyfuse")
     if runtime is None:
         raise ValueError(f"report_of: this {type(model).__name__} was not optimized; call tinyfuse.optimize(model)")
-    return Report(type(model).__name__, _device(model)).merge(runtime.report)
+    report = Report(type(model).__name__, _device(model)).merge(runtime.report)
+    for path, module in model.named_modules():
+        if module is not model and (inner := vars(module).get("_tinyfuse")) is not None:
+            report.merge(inner.report.under(path))
+    return report
 
 
 def explain(model: torch.nn.Module, *args: Any, **kwargs: Any) -> Report:

@@ -1,1 +1,1 @@
-"""Every causal language model of the installed transformers, tiny and random."""
+"""Every causal language model of the installed transformers, and encoders that people serve, tiny and random."""

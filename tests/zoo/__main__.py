@@ -1,11 +1,11 @@
-"""Every causal type against stock transformers, and what of it is fused.
+"""Every causal type, and the encoders of ``encoders.py``, against stock transformers, and what of them is fused.
 
-    python -m tests.zoo [TYPE ...] [--checks generate,int8,forward] [--jobs 2] [--json FILE] [--write]
+    python -m tests.zoo [causal|encoders|TYPE ...] [--checks generate,int8,forward] [--jobs 2] [--json FILE] [--write]
 
 A line per type: ok, or what differed, or why stock itself does not run it; then the sites fused of those found, summed
 over the types that run, and the reasons for the others. Exit status 1 if anything differed, or if fewer sites of a type
-are fused than in tests/golden/zoo.json, where all checks run on its version of transformers. ``--write`` writes that
-file and docs/models.md anew.
+are fused than in tests/golden/zoo.json or encoders.json, where all checks run on its version of transformers.
+``--write`` writes those files, docs/models.md and docs/encoders.md anew, for whichever group ran as a whole.
 """
 
 from __future__ import annotations
@@ -24,27 +24,43 @@ import torch
 import transformers
 
 from tests.zoo.build import TYPES
-from tests.zoo.check import CHECKS, Result, run
+from tests.zoo.check import CHECKS, run
+from tests.zoo.encoders import NAMES
+from tests.zoo.results import Result
 
 ROOT = Path(__file__).parents[2]
-GOLDEN, PAGE = ROOT / "tests" / "golden" / "zoo.json", ROOT / "docs" / "models.md"
-TEXT = """# Models
+HEAD = """# Models
 
 Every causal language model of transformers {transformers} as a tiny random model in fp32, torch {torch} on a CPU:
 logits through `torch.compile(model, backend="tinyfuse")`, greedy tokens through `tinyfuse.optimize`, both with and
 without padding, int8 against the quantised model run plainly, and `restore` to the bit. Numbers are sites fused of
 those found in the graphs of `forward` and of `generate`. Made by `python -m tests.zoo --write`.
+"""
+ENCODERS = """# Encoders and encoder-decoders
 
+Tiny random models of transformers {transformers}, torch {torch} on a CPU, with the class that each is built with
+(`bert:MaskedLM` by `AutoModelForMaskedLM`): every output in fp32 through `torch.compile(model, backend="tinyfuse")`
+and through `tinyfuse.optimize`, with and without padding, and in bf16 no further from fp32 than 1.5 times stock; int8
+against the quantised model run plainly; `generate`, greedy and with beams; `restore` to the bit. Numbers are sites
+fused of those found in all of these graphs. Made by `python -m tests.zoo encoders --write`.
+
+`generate` of an encoder-decoder is transformers' own loop; the encoder and each step of the decoder are compiled, three
+graphs for all lengths. DeBERTa v1 reads a size from a tensor between the products of its attention: Dynamo breaks the
+graph there, so that no graph holds a whole attention.
+"""
+TEXT = """
 {fine} of {all} types equal stock. Beside the others stands what stock itself raises.
 
 {totals}
-
-The ten most frequent reasons why a site is left as it was:
 
 {reasons}
 
 {types}
 """
+GROUPS = {
+    "causal": ("zoo.json", "models.md", HEAD, TYPES),
+    "encoders": ("encoders.json", "encoders.md", ENCODERS, NAMES),
+}
 ANCHORS = ("linear", "rms_norm", "layer_norm", "attention", "rope", "activation")
 
 
@@ -107,8 +123,8 @@ def dropped(made: list[Result], golden: dict) -> list[str]:
     return found
 
 
-def page(made: list[Result]) -> str:
-    """docs/models.md."""
+def page(head: str, made: list[Result]) -> str:
+    """docs/models.md, or encoders.md."""
     sites, reasons = totals(made)
     kinds = [kind for kind in ANCHORS if sites[kind, "found"]]
     shares = [
@@ -120,15 +136,22 @@ def page(made: list[Result]) -> str:
         state = f"**wrong**: {noted}" if result.wrong else f"stock: {noted}" if result.stock else "equal"
         found = counts(result)
         rows.append([result.model_type, state, *("/".join(map(str, found.get(kind, ""))) for kind in kinds)])
-    return TEXT.format(
+    return (head + TEXT).format(
         transformers=transformers.__version__,
         torch=torch.__version__.partition("+")[0],
         fine=sum(not r.wrong and not r.stock for r in made),
         all=len(made),
         totals=table(["", *kinds], [["all", *shares]]),
-        reasons="\n".join(f"- {count} {kind}: {reason}" for (kind, reason), count in reasons.most_common(10)),
+        reasons=most_frequent(reasons),
         types=table(["type", "result", *kinds], rows),
     )
+
+
+def most_frequent(reasons: Counter) -> str:
+    if not reasons:
+        return "No site that was found is left as it was."
+    lines = [f"- {count} {kind}: {reason}" for (kind, reason), count in reasons.most_common(10)]
+    return "\n".join(["The ten most frequent reasons why a site is left as it was:", "", *lines])
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -141,27 +164,34 @@ def main() -> int:
     parser.add_argument("--checks", default=",".join(CHECKS))
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--write", action="store_true", help="the golden counts and docs/models.md anew")
+    parser.add_argument("--write", action="store_true", help="golden counts and pages of whole groups anew")
     options = parser.parse_args()
+    wanted = [name for given in options.types or GROUPS for name in (GROUPS[given][3] if given in GROUPS else [given])]
     made = []
-    for result, seconds in results(options.types or TYPES, options.checks.split(","), options.jobs):
+    for result, seconds in results(wanted, options.checks.split(","), options.jobs):
         made.append(result)
         print(line(result, seconds), flush=True)
-    print(summary(made))
     made.sort(key=lambda result: result.model_type)
-    golden = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {"transformers": "", "types": {}}
-    whole = options.checks == ",".join(CHECKS)
-    fewer = dropped(made, golden) if whole and golden["transformers"] == transformers.__version__ else []
+    whole, fewer = options.checks == ",".join(CHECKS), []
+    for golden, text, head, types in GROUPS.values():
+        mine, known = [result for result in made if result.model_type in types], ROOT / "tests" / "golden" / golden
+        if not mine:
+            continue
+        print(summary(mine))
+        held = json.loads(known.read_text()) if known.exists() else {"transformers": "", "types": {}}
+        fewer += dropped(mine, held) if whole and held["transformers"] == transformers.__version__ else []
+        if options.write and whole and len(mine) == len(types):
+            write(known, ROOT / "docs" / text, head, mine)
     print("\n".join(fewer))
-    if options.write:
-        if options.types or not whole:
-            parser.error("--write takes all types and all checks")
-        types = ",\n".join(f"  {json.dumps(r.model_type)}: {json.dumps(counts(r))}" for r in made)
-        GOLDEN.write_text(f'{{"transformers": "{transformers.__version__}", "types": {{\n{types}\n}}}}\n')
-        PAGE.write_text(page(made))
     if options.json:
         options.json.write_text(json.dumps([as_json(result) for result in made], indent=1) + "\n")
     return int(any(result.wrong for result in made) or bool(fewer))
+
+
+def write(golden: Path, text: Path, head: str, made: list[Result]) -> None:
+    types = ",\n".join(f"  {json.dumps(r.model_type)}: {json.dumps(counts(r))}" for r in made)
+    golden.write_text(f'{{"transformers": "{transformers.__version__}", "types": {{\n{types}\n}}}}\n')
+    text.write_text(page(head, made))
 
 
 if __name__ == "__main__":

@@ -94,14 +94,15 @@ FIXES: dict[str, dict[str, Any]] = {  # what a type needs beside SIZES
 TYPES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
-def config(model_type: str) -> Any:
-    """The configuration of a tiny model. Raises what transformers raises for one that it cannot make."""
-    return _shrunk(CONFIG_MAPPING[model_type], FIXES.get(model_type, {}))
+def config(model_type: str, sizes: dict[str, Any] | None = None, fixes: dict[str, Any] | None = None) -> Any:
+    """The configuration of a tiny model; ``sizes`` and ``fixes`` on top of ``SIZES`` and ``FIXES``. Raises what
+    transformers raises for one that it cannot make."""
+    return _shrunk(CONFIG_MAPPING[model_type], FIXES.get(model_type, {}) | (fixes or {}), SIZES | (sizes or {}))
 
 
-def _shrunk(cls: type, fixes: dict[str, Any]) -> Any:
+def _shrunk(cls: type, fixes: dict[str, Any], named: dict[str, Any]) -> Any:
     default = cls()
-    sizes = {name: size for name, size in SIZES.items() if _settable(cls, name) and _value(default, name) is not None}
+    sizes = {name: size for name, size in named.items() if _settable(cls, name) and _value(default, name) is not None}
     if "qk_rope_head_dim" in sizes:
         sizes |= {"head_dim": sizes["qk_rope_head_dim"], "num_key_value_heads": HEADS}
     kinds = _value(default, "layer_types")
@@ -111,7 +112,7 @@ def _shrunk(cls: type, fixes: dict[str, Any]) -> Any:
         sizes["num_hidden_layers"] = len(sizes["layer_types"])
     parts = {name: _value(default, name) for name in cls.sub_configs}
     sizes |= {
-        name: _shrunk(type(part), FIXES.get(part.model_type, {}))
+        name: _shrunk(type(part), FIXES.get(part.model_type, {}), named)
         for name, part in parts.items()
         if isinstance(part, PreTrainedConfig)
     }

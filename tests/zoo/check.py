@@ -7,9 +7,7 @@ import logging
 import signal
 import time
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,66 +16,15 @@ from transformers import PreTrainedModel
 
 from tests.models import prompt
 from tests.tolerance import LOGITS, error
+from tests.zoo import encoders
 from tests.zoo.build import build
+from tests.zoo.results import NEW_TOKENS, Result, bits_differ, said, same, tokens_differ
 from tinyfuse.api import optimize, restore
 from tinyfuse.quantize import quantize_
-from tinyfuse.report import Report, collect
+from tinyfuse.report import collect
 
 LIMIT = 300  # seconds for one type
-NEW_TOKENS = 10
 LENGTH, PADDING = 12, 3  # longer than a sliding window
-
-
-@dataclass
-class Result:
-    """``wrong``: what differed from stock, by check; ``stock``: what stock raised, where nothing could be compared."""
-
-    model_type: str
-    wrong: dict[str, str] = field(default_factory=dict)
-    stock: dict[str, str] = field(default_factory=dict)
-    sites: Counter = field(default_factory=Counter)
-    reasons: Counter = field(default_factory=Counter)
-    fallbacks: list[str] = field(default_factory=list)
-
-    def note(self, report: Report) -> None:
-        for graph in report.graphs:
-            for site in graph.sites:
-                self.sites[site.anchor, "found"] += 1
-                self.sites[site.anchor, "fused"] += site.status == "fused"
-                if site.status != "fused":
-                    self.reasons[site.anchor, site.reason] += 1
-
-
-Differ = Callable[[Tensor, Tensor], str | None]
-
-
-def same(
-    result: Result, name: str, run: Callable[[Any, int], Tensor], stock: Any, ours: Any, padding: int, differ: Differ
-) -> None:
-    """Whether ``run`` gives the same with both models, or raises with both."""
-    try:
-        expected = run(stock, padding)
-    except Exception as failure:
-        result.stock[name] = said(failure)
-        expected = None
-    try:
-        made = run(ours, padding)
-    except Exception as failure:
-        if expected is not None:
-            result.wrong[name] = said(failure)
-        return
-    if expected is not None and (difference := differ(expected, made)):
-        result.wrong[name] = difference
-
-
-def said(failure: Exception) -> str:
-    return f"{type(failure).__name__}: {str(failure).strip().partition(chr(10))[0][:200]}"
-
-
-def tokens_differ(expected: Tensor, made: Tensor) -> str | None:
-    if expected.shape != made.shape:
-        return f"{list(made.shape)} tokens, not {list(expected.shape)}"
-    return None if torch.equal(expected, made) else f"{int((expected != made).sum())} of {made.numel()} tokens differ"
 
 
 def logits_differ(expected: Tensor, made: Tensor) -> str | None:
@@ -94,10 +41,6 @@ def logits(model: Callable[..., Any], padding: int) -> Tensor:
     """Of the tokens that are no padding."""
     inputs = prompt(LENGTH, batch=2, padding=padding)
     return model(**inputs).logits[inputs["attention_mask"].bool()]
-
-
-def bits_differ(expected: Tensor, made: Tensor) -> str | None:
-    return None if torch.equal(expected, made) else "not the same bits"
 
 
 def check_generate(model: PreTrainedModel, result: Result) -> None:
@@ -142,14 +85,16 @@ CHECKS = {"generate": check_generate, "int8": check_int8, "forward": check_forwa
 
 
 def check(model_type: str, names: Iterable[str] = CHECKS) -> Result:
+    """``model_type``: a causal type, or a name of ``encoders``."""
     result = Result(model_type)
+    make, checks = (encoders.make, encoders.CHECKS) if model_type in encoders.NAMES else (build, CHECKS)
     try:
-        model = build(model_type)
+        model = make(model_type)
     except Exception as failure:
         result.stock["build"] = said(failure)
         return result
     for name in names:
-        CHECKS[name](model, result)
+        checks[name](model, result)
     return result
 
 

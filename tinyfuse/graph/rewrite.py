@@ -159,11 +159,18 @@ class _Site:
             if node in self.inside:
                 continue
             touched = {storage(w) for w in writes(node)}
-            if touched and touched & {storage(n) for n in self.inputs}:
+            if touched and self._moves_a_read(node, touched):
                 return f"an input is written in place by '{node.name}' in between"
             if written and any(is_tensor(a) and storage(a) in written for a in node.all_input_nodes):
                 return f"'{node.name}' uses the memory it writes in between"
         return None
+
+    def _moves_a_read(self, write: Node, touched: set[Any]) -> bool:
+        """Whether an input in the memory ``touched`` by ``write`` is read on the other side of it now."""
+        aliases = [n for n in self.inputs if storage(n) in touched]
+        readers = [user for n in aliases for user in n.users if user in self.inside]
+        later = self.position < self.order[write]
+        return bool(aliases) and (later or any(self.order[user] < self.order[write] for user in readers))
 
     def replace(self, graph: Graph, values: Sequence[Any], effects: Sequence[Call], outcome: Outcome) -> None:
         known = {id(new): value(root) for root, new in zip(self.found.roots, values, strict=True)}

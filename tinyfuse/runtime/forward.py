@@ -16,7 +16,11 @@ from torch import Tensor, nn
 from tinyfuse.report import Report, collect
 
 # The dimension that grows with the prompt, by the names transformers uses; the last one where the rank varies.
-SEQUENCE_INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
+TOKENS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
+SEQUENCE_INPUTS = (
+    *TOKENS, "attention_mask", "decoder_attention_mask", "position_ids", "decoder_position_ids", "token_type_ids",
+    "encoder_outputs",
+)  # fmt: skip
 
 _serial = itertools.count()
 _watch = threading.local()
@@ -79,8 +83,9 @@ class CompiledForward:
     """Calls ``forward`` through the backend, with one compiled function per kind of call.
 
     Prompts of all lengths are one kind, single tokens another; so are one row and several (Dynamo never generalises
-    from 1), other arguments, other autograd modes, and other hooks on modules of ``model``, which Dynamo does not look
-    for again. Each kind has few graphs, so none meets the recompile limit. ``report`` accounts for all of them.
+    from 1), a growing cache that holds nothing, one token or more, other arguments, other autograd modes, and other
+    hooks on modules of ``model``, which Dynamo does not look for again. Each kind has few graphs, so none meets the
+    recompile limit. ``report`` accounts for all of them.
     """
 
     def __init__(self, model: nn.Module, forward: Callable[..., Any], report: Report):
@@ -127,8 +132,9 @@ class CompiledForward:
         return tuple([number for hooks in filter(None, self.hooks) for number in hooks])
 
 
-def mark_dynamic(inputs: dict[str, Any]) -> tuple[bool, bool]:
-    """Mark what grows with the prompt or the cache as dynamic; whether there are several tokens, several rows."""
+def mark_dynamic(inputs: dict[str, Any]) -> tuple[bool, bool, int]:
+    """Mark what grows with the prompt or the cache as dynamic; whether there are several tokens, several rows, and how
+    many tokens a cache that grows holds, 2 standing for more."""
     tokens = rows = False
     for name in SEQUENCE_INPUTS:
         value = inputs.get(name)
@@ -136,17 +142,35 @@ def mark_dynamic(inputs: dict[str, Any]) -> tuple[bool, bool]:
             if isinstance(tensor, Tensor) and tensor.ndim:
                 dims = sequence_dims(name, tensor)
                 torch._dynamo.maybe_mark_dynamic(tensor, dims)
-                if name in ("input_ids", "inputs_embeds"):
+                if name in TOKENS:
                     tokens, rows = tokens or bool(dims), rows or tensor.shape[0] > 1
-    return tokens, rows
+    return tokens, rows, _mark_cache(inputs.get("past_key_values"))
+
+
+def _mark_cache(cache: Any) -> int:
+    """Mark the lengths of the keys and values [B, H, L, D] of a cache that grows by concatenation."""
+    pair = [getattr(cache, f"{kind}_attention_cache", None) for kind in ("self", "cross")]
+    held = [_mark_layers(part) for part in ([cache] if None in pair else pair)]
+    return held[0]
+
+
+def _mark_layers(cache: Any) -> int:
+    held = 0
+    for layer in getattr(cache, "layers", ()):
+        if type(layer).__name__ == "DynamicLayer" and layer.is_initialized and layer.keys.ndim == 4:
+            held = min(2, layer.keys.shape[2])
+            if held == 2:
+                torch._dynamo.maybe_mark_dynamic(layer.keys, 2)
+                torch._dynamo.maybe_mark_dynamic(layer.values, 2)
+    return held
 
 
 def sequence_dims(name: str, tensor: Tensor) -> list[int]:
     """The dimensions of the input ``name`` that grow with the prompt or the cache and are longer than 1."""
     if name not in SEQUENCE_INPUTS:
         return []
-    if name == "attention_mask":
+    if name.endswith("attention_mask"):
         dims = (1,) if tensor.ndim == 2 else (tensor.ndim - 2, tensor.ndim - 1)
     else:
-        dims = (1,) if name in ("input_ids", "inputs_embeds") else (tensor.ndim - 1,)
+        dims = (1,) if name in (*TOKENS, "encoder_outputs") else (tensor.ndim - 1,)
     return [dim for dim in dims if 0 <= dim < tensor.ndim and tensor.shape[dim] > 1]

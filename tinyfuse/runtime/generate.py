@@ -77,11 +77,11 @@ def model_reason(model: torch.nn.Module) -> str | None:
     cls = type(model)
     if not isinstance(model, GenerationMixin):
         return f"{cls.__name__} is not a transformers GenerationMixin"
+    if model.config.is_encoder_decoder:
+        return "the decode loop is for decoder-only models: this encoder-decoder takes transformers' loop, compiled"
     for name in ("generate", "_sample", "_prefill"):
         if getattr(cls, name) is not getattr(GenerationMixin, name):
             return f"{cls.__name__} has its own {name}"
-    if model.config.is_encoder_decoder:
-        return "the model is an encoder-decoder"
     if not model._can_compile_fullgraph:  # some attend to what a static cache does not hold yet
         return f"transformers does not say that {cls.__name__} runs on a static cache (_can_compile_fullgraph)"
     if model.training:

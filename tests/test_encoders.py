@@ -1,0 +1,89 @@
+"""Encoders and encoder-decoders: a sample of the zoo's, and what only they do."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.graphs import Built
+from tests.zoo import encoders
+from tests.zoo.check import check
+from tests.zoo.encoders import outputs, tokens
+from tinyfuse import cli
+from tinyfuse.api import optimize, restore
+from tinyfuse.bench import models
+from tinyfuse.graph.library import all_patterns
+from tinyfuse.graph.pattern import call, tensor
+from tinyfuse.report import report_of
+
+
+def test_sample() -> None:
+    """A bias of attention that is summed up in place."""
+    result = check("deberta-v2:Model", ("forward",))
+    assert not result.wrong and not result.stock and not result.reasons
+    assert result.sites["attention", "fused"] == result.sites["attention", "found"] > 0
+
+
+def test_generate_of_an_encoder_decoder() -> None:
+    """The stock loop over compiled parts: as many graphs for two lengths as for one, and no trace left of it."""
+    torch._dynamo.reset()
+    stock = encoders.make("bart:Seq2SeqLM")
+    fast = optimize(copy.deepcopy(stock), quantize="int8")
+    plain = restore(copy.deepcopy(fast))
+    made = []
+    for length in (12, 17):
+        assert torch.equal(tokens(1, length)(fast, 3), tokens(1, length)(plain, 3))
+        made.append(len(report_of(fast).graphs))
+    assert made == [4, 4]  # the encoder; the decoder on no token, on one, on more
+    report = report_of(fast)
+    assert all(site.status == "fused" for site in report.sites)
+    assert {site.module.partition(".layer")[0] for site in report.sites} == {
+        "model.encoder",
+        "model.decoder",
+        "lm_head",
+    }
+    assert any("decoder-only" in reason for reason in fast._tinyfuse.fallbacks)
+    restore(fast)
+    assert not any(vars(module).keys() & {"_tinyfuse", "forward"} for module in fast.modules())
+    for made, expected in zip(outputs(fast, 0), outputs(plain, 0), strict=True):
+        assert torch.equal(made, expected)
+
+
+x, w, b = tensor("x w b")
+NORM = call(F.layer_norm, x, (24,), None, None, 1e-5)
+WRITTEN = call(torch.Tensor.add_, w, 1.0)
+
+
+@pytest.mark.parametrize("root, fused", [(NORM * WRITTEN + b, True), (NORM * w + WRITTEN, False)])
+def test_an_input_written_in_place_is_read_on_the_same_side_of_it(root, fused: bool) -> None:
+    example = {"x": torch.randn(2, 24), "w": torch.randn(24), "b": torch.randn(24)}
+    built = Built([root], example)
+    expected, _ = Built([root], example).run()
+    outcome = built.rewrite(all_patterns())
+    assert ("layer_norm_affine" in outcome.hits) is fused
+    torch.testing.assert_close(built.run()[0], expected)
+
+
+ROW = {
+    "variant", "task", "model", "dtype", "device", "batch", "input", "compile_s", "quantize_s", "weights_gb",
+    "distance", "fused", "agrees", "values", "batch_ms", "sequences_s", "speedup_vs_eager", "speedup_vs_best_stock",
+    "differs_from_best_stock",
+}  # fmt: skip
+TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
+
+
+def test_bench_of_an_encoder(tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setitem(models.ENCODERS, "tiny", ("bert", TINY))
+    file = tmp_path / "out.json"
+    line = "bench --task encode --preset tiny --device cpu --batch 2 --prompt 6 --repeats 2 --variants"
+    assert cli.main([*line.split(), "stock-eager,tinyfuse-int8", "--json", str(file)]) == 0
+    eager, int8 = json.loads(file.read_text())["rows"]
+    assert eager.keys() == int8.keys() == ROW
+    assert eager["input"] == [2, 6] and len(int8["values"]["batch_ms"]) == 2
+    assert int8["agrees"] and int8["distance"] > 0 and int8["fused"]["linear"]["fused"] == 7
+    assert "tinyfuse-int8 fused: linear 7 of 7" in capsys.readouterr().out

@@ -1,0 +1,71 @@
+"""What is noted of one model: what differed from stock, and what was fused."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tinyfuse.report import Report
+
+NEW_TOKENS = 10
+
+
+@dataclass
+class Result:
+    """``wrong``: what differed from stock, by check; ``stock``: what stock raised, where nothing could be compared."""
+
+    model_type: str
+    wrong: dict[str, str] = field(default_factory=dict)
+    stock: dict[str, str] = field(default_factory=dict)
+    sites: Counter = field(default_factory=Counter)
+    reasons: Counter = field(default_factory=Counter)
+    fallbacks: list[str] = field(default_factory=list)
+
+    def note(self, report: Report) -> None:
+        for graph in report.graphs:
+            for site in graph.sites:
+                self.sites[site.anchor, "found"] += 1
+                self.sites[site.anchor, "fused"] += site.status == "fused"
+                if site.status != "fused":
+                    self.reasons[site.anchor, site.reason] += 1
+
+
+Differ = Callable[[Any, Any], str | None]
+
+
+def same(
+    result: Result, name: str, run: Callable[[Any, int], Any], stock: Any, ours: Any, padding: int, differ: Differ
+) -> None:
+    """Whether ``run`` gives the same with both models, or raises with both."""
+    try:
+        expected = run(stock, padding)
+    except Exception as failure:
+        result.stock[name] = said(failure)
+        expected = None
+    try:
+        made = run(ours, padding)
+    except Exception as failure:
+        if expected is not None:
+            result.wrong[name] = said(failure)
+        return
+    if expected is not None and (difference := differ(expected, made)):
+        result.wrong[name] = difference
+
+
+def said(failure: Exception) -> str:
+    return f"{type(failure).__name__}: {str(failure).strip().partition(chr(10))[0][:200]}"
+
+
+def tokens_differ(expected: Tensor, made: Tensor) -> str | None:
+    if expected.shape != made.shape:
+        return f"{list(made.shape)} tokens, not {list(expected.shape)}"
+    return None if torch.equal(expected, made) else f"{int((expected != made).sum())} of {made.numel()} tokens differ"
+
+
+def bits_differ(expected: Tensor, made: Tensor) -> str | None:
+    return None if torch.equal(expected, made) else "not the same bits"
