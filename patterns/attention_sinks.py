@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from tinyfuse.graph.nodes import same_size
-from tinyfuse.graph.pattern import Check, Pattern, anything, call, cast, scalar, tensor
+from tinyfuse.graph.pattern import Check, Pattern, anything, call, cast, one_of, scalar, tensor
 from tinyfuse.patterns.attention import (
     attention,
     example,
@@ -41,7 +41,9 @@ def with_one_more_key(m):
 
 
 def one_dtype(m):
-    return alike(m, "q", "k", "v", "bias", "sinks") and m.inside in (None, m.D, torch.float32)
+    """That of q, k, v and the weights; what is between them may be in fp32."""
+    between = [m.S, m.dtype("bias"), m.dtype("sinks"), m.inside or m.D]
+    return alike(m, "q", "k", "v") and all(dtype in (m.D, torch.float32) for dtype in between)
 
 
 def fits(m):
@@ -51,18 +53,22 @@ def fits(m):
     return one_sink and len(mask) == 4 and same_size(mask[0], batch) and same_size(mask[1], 1)
 
 
+def without_last(weights):
+    return call(operator.getitem, weights, (Ellipsis, slice(None, -1, None)))
+
+
 def pattern(of_scores, grouped, name):
     keys, values = (repeated(k, "k"), repeated(v, "v")) if grouped else (k, v)
-    scores = call(torch.matmul, q, call(torch.transpose, keys, 2, 3)) * factor + bias
+    scores = call(torch.matmul, cast(q, "S"), call(torch.transpose, cast(keys, "S"), 2, 3)) * factor + bias
     weights = call(torch.softmax, of_scores(call(torch.cat, (scores, sinks), 3)), 3, inside)
-    kept = call(operator.getitem, cast(weights, "D"), (Ellipsis, slice(None, -1, None)))
+    kept = one_of(without_last(cast(weights, "D")), cast(without_last(weights), "D"))
     return Pattern(
         name=name,
         stage="lift",
         roots=(call(torch.matmul, kept, values),),
         where=(
             rank_4,
-            Check(one_dtype, "q, k, v, weights, mask and sink differ in dtype"),
+            Check(one_dtype, "q, k, v and weights differ in dtype, or mask or sink are neither in it nor in fp32"),
             Check(heads_repeat if grouped else equal_heads, "its key and value heads are not merely repeated"),
             Check(fits, "its mask is not [batch, 1, queries, keys], or its sink not [batch, heads, queries, 1]"),
         ),
@@ -70,7 +76,7 @@ def pattern(of_scores, grouped, name):
         example=lambda: (
             (grouped_example() if grouped else example())
             | {"bias": torch.randn(2, 1, 5, 7), "sinks": torch.randn(1, 6, 1, 1).expand(2, 6, 5, 1)}
-            | {"factor": 0.3, "inside": torch.float32, "D": torch.float32}
+            | {"factor": 0.3, "inside": torch.float32, "S": torch.float32, "D": torch.float32}
         ),
     )
 

@@ -1,7 +1,7 @@
 """Rotary embedding, ``x * cos + rotate(x) * sin``, of the halves of a head (Llama) or of its front (NeoX, Phi).
 
 Matched when cos and sin have one entry per position for all heads, x being [B, H, S, D] or [B, S, H, D], and when the
-products are computed in x's dtype or in fp32 and rounded to x's dtype at the end.
+products are computed in x's dtype or in fp32 and rounded to x's dtype at the end, or left in fp32.
 """
 
 import operator
@@ -47,14 +47,19 @@ def products(m):
 
 
 def one_rounding(m):
-    kept = m.D is m.dtype("x") and torch.promote_types(m.D, factor(m)) is factor(m)
-    return kept and m.dtype("cos") is m.dtype("sin") and products(m) in (m.D, torch.float32)
+    """To x's dtype, or none: then the result has that of the products."""
+    wide = torch.promote_types(m.dtype("x"), factor(m)) is factor(m) and products(m) in (m.dtype("x"), torch.float32)
+    return wide and m.D in (m.dtype("x"), products(m)) and m.dtype("cos") is m.dtype("sin")
+
+
+def as_result(m, source):
+    return source if m.dtype("x") is m.D else call(nodes.cast, source, m.D)
 
 
 rank_4 = Check(
     lambda m: all(m.value(name).dim() == 4 for name in ("x", "cos", "sin")), "its tensors do not have 4 dimensions"
 )
-rounded_once = Check(one_rounding, "it computes in another dtype than x's or fp32, or its result has another than x")
+rounded_once = Check(one_rounding, "it computes in another dtype than x's or fp32, or its result has yet another")
 
 
 def positions(heads_dim):
@@ -73,10 +78,10 @@ def layouts(name, root, interleaved, where, rotated, dtype=torch.float32, **exam
         return found if m.dtype(name) is products(m) else call(nodes.cast, found, products(m))
 
     def plain(m):
-        return call(rope, m.x, table(m, "cos"), table(m, "sin"), interleaved)
+        return call(rope, as_result(m, m.x), table(m, "cos"), table(m, "sin"), interleaved)
 
     def swapped(m):
-        return call(rope, swap(m.x), swap(table(m, "cos")), swap(table(m, "sin")), interleaved)
+        return call(rope, swap(as_result(m, m.x)), swap(table(m, "cos")), swap(table(m, "sin")), interleaved)
 
     def of(suffix, root, heads_dim, to):
         sizes = {"x": (2, 3, 5, 8), "cos": (2, 1, 5, rotated), "sin": (2, 1, 5, rotated)}
