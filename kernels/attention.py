@@ -3,7 +3,7 @@
     out = softmax(scale * q k^T + mask) v
 
 q [B, H, Sq, D]; k [B, Hkv, Skv, D]; v [B, Hkv, Skv, Dv]; H a multiple of Hkv, query head h reads
-kv head h // (H / Hkv). mask: None, bool (True = attend) or floating (added), broadcastable to
+kv head h // (H / Hkv). mask: None, bool (True = attend) or floating (added; of q's dtype or wider), broadcastable to
 [B, H, Sq, Skv]. ``is_causal``: query i attends keys j <= i, top-left aligned, as in SDPA.
 A row whose bool mask is all False gives zeros. out [B, H, Sq, Dv] in q's dtype, laid out in memory
 as [B, Sq, H, Dv], so that HF's ``transpose(1, 2).contiguous()`` copies nothing.
@@ -22,6 +22,8 @@ from tinyfuse.op import Kernel, register
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool) -> Tensor:
+    if mask is not None and mask.is_floating_point() and mask.dtype != q.dtype:
+        return reference(q.float(), k.float(), v.float(), mask.float(), scale, is_causal).to(q.dtype)
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
@@ -68,7 +70,7 @@ def prefills(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float,
         limit = 2048 if width <= 64 else 1024 if width <= 128 else 256
         if isinstance(rows, int) and rows > limit:
             return f"without a mask SDPA is faster from {limit} query rows on"
-    elif mask.dtype != torch.bool:
+    elif mask.dtype == q.dtype:  # SDPA takes no other floating mask
         aligned = mask.dim() > 1 and isinstance(mask.stride(-2), int) and mask.stride(-2) % 8 == 0
         if not (isinstance(rows, int) and rows <= 512 and width <= 128 and aligned):
             return "with a floating mask SDPA is faster beyond 512 query rows, a head_dim of 128, or unaligned"

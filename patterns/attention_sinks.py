@@ -24,7 +24,7 @@ from tinyfuse.patterns.attention import (
     repeated,
     v,
 )
-from tinyfuse.patterns.attention_softmax import alike, equal_heads, shifted
+from tinyfuse.patterns.attention_softmax import DTYPES, equal_heads, in_fp32, shifted
 
 bias, sinks = tensor("bias sinks")
 factor, inside = scalar("factor"), anything("inside")
@@ -38,12 +38,6 @@ def attend_one_more_key(m, mask, sink):
 
 def with_one_more_key(m):
     return attend_one_more_key(m, call(torch.Tensor.expand, m.bias, (-1, m.shape("q")[1], -1, -1)), m.sinks)
-
-
-def one_dtype(m):
-    """That of q, k, v and the weights; what is between them may be in fp32."""
-    between = [m.S, m.dtype("bias"), m.dtype("sinks"), m.inside or m.D]
-    return alike(m, "q", "k", "v") and all(dtype in (m.D, torch.float32) for dtype in between)
 
 
 def fits(m):
@@ -68,7 +62,7 @@ def pattern(of_scores, grouped, name):
         roots=(call(torch.matmul, kept, values),),
         where=(
             rank_4,
-            Check(one_dtype, "q, k, v and weights differ in dtype, or mask or sink are neither in it nor in fp32"),
+            Check(lambda m: in_fp32(m, m.S, m.inside, m.dtype("bias"), m.dtype("sinks")), DTYPES),
             Check(heads_repeat if grouped else equal_heads, "its key and value heads are not merely repeated"),
             Check(fits, "its mask is not [batch, 1, queries, keys], or its sink not [batch, heads, queries, 1]"),
         ),

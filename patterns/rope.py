@@ -28,9 +28,8 @@ def halves(source):
 
 def turned(source, rotated):
     """In the dtype W of the products or promoted by cos, rounded to D."""
-    wide = cast(source, "W")
-    other = one_of(rotated(wide), cast(rotated(source), "W"))
-    return cast(wide * cos + other * sin, "D")
+    other = one_of(rotated(cast(source, "W")), cast(rotated(source), "W"))
+    return cast(cast(source, "W") * cos + other * sin, "D")
 
 
 def swap(tensor):
@@ -69,19 +68,22 @@ def positions(heads_dim):
     )
 
 
-def layouts(name, root, interleaved, where, rotated, dtype=torch.float32, **example):
-    """Patterns for ``root`` of x as [B, H, S, D], of x as [B, S, H, D], and with a transposition after the latter;
-    ``rotated``: how many channels of the example's 8 are turned; ``dtype``: that of the example."""
+def tables(m):
+    """In the dtype of the products."""
+    kept = m.dtype("cos") is products(m)
+    return [table if kept else call(nodes.cast, table, products(m)) for table in (m.cos, m.sin)]
 
-    def table(m, name):
-        found = m.captures[name]
-        return found if m.dtype(name) is products(m) else call(nodes.cast, found, products(m))
+
+def layouts(name, root, interleaved, where, rotated, dtype=torch.float32, tables=tables, **example):
+    """Patterns for ``root`` of x as [B, H, S, D], of x as [B, S, H, D], and with a transposition after the latter;
+    ``rotated``: how many channels of the example's 8 are turned; ``dtype``: that of the example; ``tables``: those that
+    the rotation takes, given the match."""
 
     def plain(m):
-        return call(rope, as_result(m, m.x), table(m, "cos"), table(m, "sin"), interleaved)
+        return call(rope, as_result(m, m.x), *tables(m), interleaved)
 
     def swapped(m):
-        return call(rope, swap(as_result(m, m.x)), swap(table(m, "cos")), swap(table(m, "sin")), interleaved)
+        return call(rope, swap(as_result(m, m.x)), *map(swap, tables(m)), interleaved)
 
     def of(suffix, root, heads_dim, to):
         sizes = {"x": (2, 3, 5, 8), "cos": (2, 1, 5, rotated), "sin": (2, 1, 5, rotated)}

@@ -243,6 +243,8 @@ def account(
 
 def _fate(anchor: Anchor, copies: Mapping[Node, Node], outcome: Any, choices: Mapping[Node, Any]) -> Fate:
     path, final = outcome.final(copies[anchor.node])
+    if anchor.kind == "rope" and not any("rope" in pattern.name for pattern in path):
+        path, final = [], copies[anchor.node]  # its sum is that of another pattern, such as an add and norm
     if path or final in choices:  # an int8 linear is an op before any pattern sees it
         node = _op_node(final, choices)
         kernel, reason = choices[node].kernel, choices[node].reason

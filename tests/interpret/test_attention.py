@@ -12,7 +12,7 @@ from tinyfuse.kernels.attention import reference
 # B, H, Hkv, Sq, Skv, D, Dv
 DECODE = [(1, 2, 2, 1, 37, 32, 32), (2, 4, 2, 1, 40, 40, 24), (1, 6, 1, 3, 35, 16, 16)]
 PREFILL = [(2, 2, 1, 20, 37, 16, 24), (1, 2, 2, 17, 5, 16, 16)]
-MASKS = ["none", "causal flag", "causal", "sliding", "padded", "by head", "dead", "float"]
+MASKS = ["none", "causal flag", "causal", "sliding", "padded", "by head", "dead", "float", "float32"]
 
 
 def make_mask(kind, B, H, Sq, Skv, dtype):
@@ -31,8 +31,9 @@ def make_mask(kind, B, H, Sq, Skv, dtype):
         return (j < 9).expand(B, 1, 1, Skv), False
     if kind == "dead":
         return torch.zeros(B, 1, 1, Skv, dtype=torch.bool), False
-    if kind == "float":
-        return torch.where(torch.rand(B, 1, Sq, Skv) < 0.5, 0.0, -30.0).to(dtype), False
+    if kind.startswith("float"):
+        own = torch.float32 if kind == "float32" else dtype
+        return torch.where(torch.rand(B, 1, Sq, Skv) < 0.5, 0.0, -30.0).to(own), False
     return None, kind == "causal flag"
 
 
