@@ -1,6 +1,7 @@
 """generate of an optimised model: the tokens of the stock one, whatever the model and the arguments."""
 
 import copy
+import functools
 import itertools
 import threading
 import time
@@ -541,6 +542,7 @@ def test_inputs_that_transformers_prepares_for_no_static_cache(llama, monkeypatc
     """Llama 4 in transformers 5.17."""
     prepare = type(llama.fast).prepare_inputs_for_generation
 
+    @functools.wraps(prepare)
     def fail(self, ids, past_key_values=None, **more):
         if not isinstance(past_key_values, DynamicCache):
             raise TypeError("no such mask")
