@@ -76,13 +76,19 @@ def equal_heads(m):
     return same_size(m.shape("q")[1], m.shape("k")[1]) and same_size(m.shape("k")[1], m.shape("v")[1])
 
 
-def between_matmuls(form, grouped):
-    of_scores, scale, mask = FORMS[form]
+def between_matmuls(name, form, grouped, **more):
+    """``more``: of the example."""
+    of_scores, scale, mask = form
     keys, values = (repeated(k, "k"), repeated(v, "v")) if grouped else (k, v)
     scores = call(torch.matmul, cast(q, "S"), call(torch.transpose, cast(keys, "S"), 2, 3))
     weights = cast(call(torch.softmax, of_scores(scores), 3, inside), "D")
+
+    def fused(m):
+        cap = [m.cap] if "cap" in m.captures else []
+        return [call(attention, m.q, m.k, m.v, mask(m), scale(m), False, *cap)]
+
     return Pattern(
-        name="_".join(["attention_softmax", form, *["repeat_kv"] * grouped]),
+        name="_".join(["attention", name, *["repeat_kv"] * grouped]),
         stage="lift",
         roots=(call(torch.matmul, weights, values),),
         where=(
@@ -91,13 +97,13 @@ def between_matmuls(form, grouped):
             Check(heads_repeat if grouped else equal_heads, "its key and value heads are not merely repeated"),
             Check(lambda m: m.captures.get("fill", NEVER) <= NEVER, "what it hides keeps a part of its score"),
         ),
-        to=lambda m: [call(attention, m.q, m.k, m.v, mask(m), scale(m), False)],
+        to=fused,
         example=lambda: (
             (grouped_example() if grouped else example())
             | {"bias": torch.randn(2, 1, 5, 7), "hidden": torch.rand(2, 1, 5, 7) < 0.3, "fill": -3e38}
-            | {"factor": 0.3, "inside": torch.float32, "S": torch.float32, "D": torch.float32}
+            | {"factor": 0.3, "inside": torch.float32, "S": torch.float32, "D": torch.float32, **more}
         ),
     )
 
 
-SOFTMAX = [between_matmuls(form, grouped) for form in FORMS for grouped in (True, False)]
+SOFTMAX = [between_matmuls(f"softmax_{name}", FORMS[name], grouped) for name in FORMS for grouped in (True, False)]

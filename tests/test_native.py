@@ -350,11 +350,11 @@ def attention_inputs(B, H, Hkv, Sq, Skv, D, Dv, dtype):
     return q, k, torch.randn(B, Hkv, Skv + 1, Dv + 5).to(dtype)[:, :, 1:, :Dv]
 
 
-def check_attention(q, k, v, mask, is_causal, scale=0.2):
-    out = run(attention, q, k, v, mask, scale, is_causal)
-    eager = attention.reference(q, k, v, mask, scale, is_causal)
+def check_attention(q, k, v, mask, is_causal, scale=0.2, softcap=None):
+    out = run(attention, q, k, v, mask, scale, is_causal, softcap)
+    eager = attention.reference(q, k, v, mask, scale, is_causal, softcap)
     wide = mask if mask is None or mask.dtype is torch.bool else mask.double()
-    exact = attention.reference(q.double(), k.double(), v.double(), wide, scale, is_causal)
+    exact = attention.reference(q.double(), k.double(), v.double(), wide, scale, is_causal, softcap)
     assert out.transpose(1, 2).is_contiguous()
     assert_as_exact_as_eager("attention", out, eager, exact)
     return out
@@ -373,6 +373,8 @@ def test_attention(B, H, Hkv, Sq, Skv, D, Dv, dtype, threads):
     mask[..., : Skv // 3] = False
     mask[..., -1] = True
     check_attention(q, k, v, mask, False)
+    check_attention(q, k, v, mask, False, softcap=1.5)
+    check_attention(q, k, v, None, True, softcap=50.0)
     check_attention(q, k, v, (torch.rand(B, H, Sq, Skv) > 0.4) | mask, False)
     check_attention(q, k, v, torch.randn(1, H, 1, Skv).to(dtype), False)
     check_attention(q, k, v, torch.where(mask, 0.0, torch.finfo(dtype).min).to(dtype), False)
