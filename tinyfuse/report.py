@@ -292,7 +292,7 @@ def _unknown(anchor: Anchor) -> str:
             "expert weights stored [E, K, N] are multiplied by stock torch; quantised to int8 they are stored [E, N, K]"
         )
     if anchor.detail == "softmax, softcap":
-        return "its scores pass through a softcap (tanh), which no pattern covers"
+        return "its scores pass through a softcap (tanh) in a form that no pattern covers"
     if anchor.detail == "softmax":
         return "it is written as products around a softmax in a form that no pattern covers"
     return f"it is written ({anchor.detail or anchor.node.name}) in a form that no pattern covers"
