@@ -291,6 +291,8 @@ def _unknown(anchor: Anchor) -> str:
         return (
             "expert weights stored [E, K, N] are multiplied by stock torch; quantised to int8 they are stored [E, N, K]"
         )
+    if anchor.kind == "linear" and anchor.detail in ("bmm", "baddbmm"):
+        return f"a stack of weights is multiplied at once by stock torch ({anchor.detail}), which reads each once"
     if anchor.detail == "softmax, softcap":
         return "its scores pass through a softcap (tanh) in a form that no pattern covers"
     if anchor.detail == "softmax":

@@ -3,9 +3,9 @@
     python -m tests.zoo [TYPE ...] [--checks generate,int8,forward,bfloat16] [--jobs 2] [--json FILE] [--write]
 
 A line per type: ok, or what differed, or why stock itself does not run it; then the sites fused of those found, summed
-over the types that run, and the reasons for the others. Exit status 1 if anything differed, or if fewer sites of a type
-are fused than in tests/golden/zoo.json, where all checks run on its version of transformers. ``--write`` writes that
-file and docs/models.md anew.
+over the types that run, and the reasons for the others. Exit status 1 if anything differed, or, where all checks run,
+if fewer sites of a type are fused than in tests/golden/zoo.json; on another version of transformers, if a smaller
+share. ``--write`` writes that file and docs/models.md anew, on an older version docs/models-oldest.md.
 """
 
 from __future__ import annotations
@@ -15,19 +15,21 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 import transformers
+from packaging.version import Version
 
 from tests.zoo.build import TYPES
 from tests.zoo.check import CHECKS, Result, run
 
 ROOT = Path(__file__).parents[2]
 GOLDEN, PAGE = ROOT / "tests" / "golden" / "zoo.json", ROOT / "docs" / "models.md"
+OLDEST = PAGE.with_name("models-oldest.md")
 TEXT = """# Models
 
 Every causal language model of transformers {transformers} as a tiny random model in fp32, torch {torch} on a CPU:
@@ -98,26 +100,26 @@ def counts(result: Result) -> dict[str, list[int]]:
     return {kind: [result.sites[kind, "fused"], result.sites[kind, "found"]] for kind in kinds}
 
 
-def dropped(made: list[Result], golden: dict) -> list[str]:
-    """The types of which fewer sites are fused than were."""
-    found = []
-    for result in made:
-        now = counts(result)
-        for kind, (fused, _) in golden["types"].get(result.model_type, {}).items():
-            if now.get(kind, [0, 0])[0] < fused:
-                found.append(f"{result.model_type}: {kind} {now.get(kind, [0, 0])[0]} fused, not {fused}")
-    return found
+def dropped(result: Result, golden: dict) -> list[str]:
+    """The kinds of sites of which fewer are fused than were; on another version of transformers, a smaller share."""
+    lost, now = [], counts(result)
+    for kind, (fused, found) in golden["types"].get(result.model_type, {}).items():
+        now_fused, now_found = now.get(kind, [0, 0])
+        same = golden["transformers"] == transformers.__version__
+        if now_fused < fused if same else now_fused * found < fused * now_found:
+            lost.append(f"{result.model_type}: {kind} {now_fused} of {now_found} fused, not {fused} of {found}")
+    return lost
 
 
-def page(made: list[Result]) -> str:
-    """docs/models.md."""
+def page(made: list[Result], listed: Collection[str]) -> str:
+    """docs/models.md, with the types ``listed`` in its table."""
     sites, reasons = totals(made)
     kinds = [kind for kind in ANCHORS if sites[kind, "found"]]
     shares = [
         f"{sites[k, 'fused']} of {sites[k, 'found']} ({sites[k, 'fused'] / sites[k, 'found']:.1%})" for k in kinds
     ]
     rows = []
-    for result in made:
+    for result in (result for result in made if result.model_type in listed):
         noted = "; ".join(f"{name}: {text}" for name, text in (result.wrong | result.stock).items()).replace("|", " ")
         state = f"**wrong**: {noted}" if result.wrong else f"stock: {noted}" if result.stock else "equal"
         found = counts(result)
@@ -137,6 +139,17 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
 
 
+def write(made: list[Result], apart: Collection[str]) -> None:
+    """``apart``: the types that an older version's page lists."""
+    golden = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {"transformers": "0"}
+    if Version(transformers.__version__) < Version(golden["transformers"]):
+        OLDEST.write_text(page(made, apart))
+        return
+    types = ",\n".join(f"  {json.dumps(r.model_type)}: {json.dumps(counts(r))}" for r in made)
+    GOLDEN.write_text(f'{{"transformers": "{transformers.__version__}", "types": {{\n{types}\n}}}}\n')
+    PAGE.write_text(page(made, TYPES))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("types", nargs="*", help="all by default")
@@ -153,17 +166,15 @@ def main() -> int:
     made.sort(key=lambda result: result.model_type)
     golden = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {"transformers": "", "types": {}}
     whole = options.checks == ",".join(CHECKS)
-    fewer = dropped(made, golden) if whole and golden["transformers"] == transformers.__version__ else []
-    print("\n".join(fewer))
+    fewer = {result.model_type: dropped(result, golden) for result in made if whole}
+    print("\n".join(line for lost in fewer.values() for line in lost))
     if options.write:
         if options.types or not whole:
             parser.error("--write takes all types and all checks")
-        types = ",\n".join(f"  {json.dumps(r.model_type)}: {json.dumps(counts(r))}" for r in made)
-        GOLDEN.write_text(f'{{"transformers": "{transformers.__version__}", "types": {{\n{types}\n}}}}\n')
-        PAGE.write_text(page(made))
+        write(made, {result.model_type for result in made if result.wrong or result.stock or fewer[result.model_type]})
     if options.json:
         options.json.write_text(json.dumps([as_json(result) for result in made], indent=1) + "\n")
-    return int(any(result.wrong for result in made) or bool(fewer))
+    return int(any(result.wrong for result in made) or any(fewer.values()))
 
 
 if __name__ == "__main__":
