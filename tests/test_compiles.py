@@ -124,9 +124,8 @@ def test_attention(compiled, D, heads, kv_heads, dtype):
     for mask, bounds in ((row, mask_bounds.run_triton(row)), (row, None), (bias, None), (None, None)):
         rope_append_attention.run_triton(q, new, new, table, table, cache, cache.clone(), pos, False, mask, 0.1, bounds)
     _attention_decode.decode(q, cache, cache, row, 0.1, False)
-    _attention_decode.decode(q, cache, cache, bias, 0.1, False, softcap=50.0)
     prompt = made(2, heads, 40, D)
-    _attention_decode.decode(prompt[:, :, :3], cache, cache, row.expand(2, heads, 3, L), 0.1, False)
+    _attention_decode.decode(prompt[:, :, :3], cache, cache, row.expand(2, heads, 3, L), 0.1, False, softcap=50.0)
     if dtype is torch.float32:
         return  # prompts stay with SDPA
     batch = [t.repeat(4, 1, 1, 1) for t in (q, new, new, table, table, cache, cache)]
