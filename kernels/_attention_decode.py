@@ -37,11 +37,25 @@ class Plan(NamedTuple):
     stages: int
 
 
+def in_log2(scale: float, softcap: float | None) -> tuple[float, float | None]:
+    return scale * 1.4426950408889634, None if softcap is None else softcap * 1.4426950408889634
+
+
 @jit
 def to_log2(value):
     """A float mask in units of log2 e. finfo.min stays finite, so a row full of it averages, as in SDPA."""
     wide = value.to(tl.float32)
     return tl.where(wide == float("-inf"), wide, tl.maximum(wide * 1.4426950408889634, -3.0e38))
+
+
+@jit
+def capped(score, cap):
+    """cap * tanh(score / cap), exact for small scores where the difference of exponentials is not."""
+    x = score / cap
+    square = x * x
+    near = x * (1.0 - square * (0.333333333 - square * (0.133333333 - square * 0.053968254)))
+    far = 1.0 - 2.0 / (tl.exp2(x * 2.8853900817779268) + 1.0)
+    return cap * tl.where(square < 0.015625, near, far)
 
 
 @jit
@@ -158,9 +172,12 @@ def _load(
 
 
 @jit
-def _attend(top, total, acc, query, key, value, bias, scale):
+def _attend(top, total, acc, query, key, value, bias, scale, cap):
     """The largest score, the sum and the weighted values of each row after more keys."""
-    score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale + bias
+    score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
+    if cap is not None:
+        score = capped(score, cap)
+    score += bias
     higher = tl.maximum(top, tl.max(score, 1))
     shift = tl.where(higher == float("-inf"), 0.0, higher)
     p = tl.exp2(score - shift[:, None])
@@ -171,7 +188,7 @@ def _attend(top, total, acc, query, key, value, bias, scale):
 
 @jit
 def _decode(
-    q, k, v, mask, bounds, out, partial, stats, counters, new_k, new_v, cos, sin, pos, scale, H, Sq, Skv, splits,
+    q, k, v, mask, bounds, out, partial, stats, counters, new_k, new_v, cos, sin, pos, scale, cap, H, Sq, Skv, splits,
     q_b, q_h, q_m, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, mask_h, mask_m, mask_n,
     new_k_b, new_k_h, new_v_b, new_v_h, cos_b, cos_r, sin_b, sin_r,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -271,21 +288,21 @@ def _decode(
     total = tl.zeros([BLOCK_R], tl.float32)
     acc = tl.zeros([BLOCK_R, BLOCK_DV], tl.float32)
     if UNMASKED:
-        top, total, acc = _attend(top, total, acc, query, key, value, bias, scale)
+        top, total, acc = _attend(top, total, acc, query, key, value, bias, scale, cap)
     if KIND != 0:
         for i in tl.range(lo, plain, num_stages=STAGES):
             key, value, bias = _load(
                 i, split, splits, k, v, k_n, v_n, mask_ptr, mask_n, at, first, last, read, row, rows_ok, KIND, BY_ROW,
                 CAUSAL, BLOCK_N, D, DV, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
-            top, total, acc = _attend(top, total, acc, query, key, value, bias, scale)
+            top, total, acc = _attend(top, total, acc, query, key, value, bias, scale, cap)
     if UNMASKED:
         for i in tl.range(plain + 1, hi, num_stages=STAGES):
             key, value, bias = _load(
                 i, split, splits, k, v, k_n, v_n, mask_ptr, mask_n, at, first, last, read, row, rows_ok, 0, False,
                 CAUSAL, BLOCK_N, D, DV, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
-            top, total, acc = _attend(top, total, acc, query, key, value, bias, scale)
+            top, total, acc = _attend(top, total, acc, query, key, value, bias, scale, cap)
     if new_k is not None:
         mine = (at >= 0) & (at < Skv) & ((at // BLOCK_N) % splits == split)
         tl.store(k + at * k_n + column, key_row, mask=column < tl.where(mine, D, 0))
@@ -294,6 +311,8 @@ def _decode(
             mask_ptr, mask_n, at + tl.arange(0, 1), first, last, read, row, rows_ok, KIND, BY_ROW, CAUSAL
         )
         new_score = tl.sum(query.to(tl.float32) * key_row.to(tl.float32), 1) * scale
+        if cap is not None:
+            new_score = capped(new_score, cap)
         new_score = tl.where(mine, tl.sum(new_score[:, None] + new_bias, 1), float("-inf"))
         higher = tl.maximum(top, new_score)
         shift = tl.where(higher == float("-inf"), 0.0, higher)
@@ -420,7 +439,7 @@ def _strides_of_new(new: New | None) -> tuple[int, ...]:
 
 def decode(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool, chosen: Plan | None = None,
-    new: New | None = None, bounds: Tensor | None = None,
+    new: New | None = None, bounds: Tensor | None = None, softcap: float | None = None,
 ) -> Tensor:  # fmt: skip
     """Launch the kernels; arguments as in ``attention``, ``chosen`` overrides :func:`plan`; ``bounds`` are those of a
     mask that is the same for all rows and heads (``mask_bounds``)."""
@@ -454,7 +473,7 @@ def decode(
     start(
         _decode, (p.splits, kv_heads, B * row_blocks),
         q, k, v, mask, bounds, out, partial, stats, counted, *(new[:5] if new else (None,) * 5),
-        scale * 1.4426950408889634, H, Sq, Skv, p.splits,
+        *in_log2(scale, softcap), H, Sq, Skv, p.splits,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *strides, *_strides_of_new(new),
         group, D, DV, block_d, block_dv, row_blocks, p.block_r, p.block_n, scan, p.stages,
         kind, by_row, is_causal, split, *merge, *((new.cos.shape[3], new.interleaved) if new else (0, False)),

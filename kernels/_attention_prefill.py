@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from tinyfuse.kernels._attention_decode import MAX_ROWS, decode, mask_kind, mask_strides, to_log2
+from tinyfuse.kernels._attention_decode import MAX_ROWS, capped, decode, in_log2, mask_kind, mask_strides, to_log2
 from tinyfuse.kernels._triton import jit, rehearsing, start, tl, triton
 
 
@@ -95,7 +95,7 @@ def _load(ptr, keep, inner, MASKED: tl.constexpr, PADDED: tl.constexpr):
 
 @jit
 def _prefill(
-    q, k, v, mask, tiles, columns, out, scale, Sq, Skv,
+    q, k, v, mask, tiles, columns, out, scale, cap, Sq, Skv,
     q_b, q_h, q_m, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, mask_h, mask_m, mask_n, map_b, map_h,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, EDGE_STAGES: tl.constexpr,
@@ -140,8 +140,13 @@ def _prefill(
         start = tl.cast(i, tl.int64) * BLOCK_N
         key = _load(k_ptr + start * k_n, tile, d < D, False, BLOCK_D != D)
         score = tl.dot(query, tl.trans(key))
-        higher = tl.maximum(top, tl.max(score, 1) * scale)
-        p = tl.exp2(score * scale - higher[:, None])
+        if cap is not None:
+            score = capped(score * scale, cap)
+            higher = tl.maximum(top, tl.max(score, 1))
+            p = tl.exp2(score - higher[:, None])
+        else:
+            higher = tl.maximum(top, tl.max(score, 1) * scale)
+            p = tl.exp2(score * scale - higher[:, None])
         decay = tl.exp2(top - higher)
         total = total * decay + tl.sum(p, 1)
         value = _load(v_ptr + start * v_n, tile, e < DV, False, BLOCK_DV != DV)
@@ -157,6 +162,8 @@ def _prefill(
         key = _load(k_ptr + start * k_n, keep, d < D, True, BLOCK_D != D)
         value = _load(v_ptr + start * v_n, keep, e < DV, True, BLOCK_DV != DV)
         score = tl.dot(query, tl.trans(key)) * scale
+        if cap is not None:
+            score = capped(score, cap)
         if KIND == 0:
             score = tl.where(keep[None, :], score, float("-inf"))
         else:
@@ -228,12 +235,13 @@ def _make_map(mask: Tensor, size: tuple[int, int, int, int], p: Plan) -> BlockMa
 
 
 def prefill(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool, chosen: Plan | None = None
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool, chosen: Plan | None = None,
+    softcap: float | None = None,
+) -> Tensor:  # fmt: skip
     """Launch the kernels; arguments as in ``attention``, ``chosen`` overrides :func:`plan`."""
     B, H, Sq, D = q.shape
     if Sq <= MAX_ROWS:
-        return decode(q, k, v, mask, scale, is_causal)
+        return decode(q, k, v, mask, scale, is_causal, softcap=softcap)
     Skv, DV = v.shape[2:]
     block_d, block_dv = triton.next_power_of_2(D), triton.next_power_of_2(DV)
     p = chosen or plan(Sq, max(block_d, block_dv))
@@ -247,7 +255,7 @@ def prefill(
     out = torch.empty((B, Sq, H, DV), dtype=q.dtype, device=q.device)
     start(
         _prefill, (triton.cdiv(Sq, p.block_m), H, B),
-        q, k, v, mask, tiles, columns, out, scale * 1.4426950408889634, Sq, Skv,
+        q, k, v, mask, tiles, columns, out, *in_log2(scale, softcap), Sq, Skv,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *mask_strides(mask), map_b, map_h,
         H // k.shape[1], D, DV, block_d, block_dv, p.block_m, p.block_n, p.stages, p.edge_stages,
         kind, is_causal, num_warps=p.warps,

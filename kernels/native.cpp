@@ -1071,7 +1071,7 @@ struct AttentionArgs {
   const void* mask;  // null, bool (1: attend) or floating (added)
   i64 mask_b, mask_h, mask_q, mask_k, mask_type;
   i64 B, H, Hkv, Sq, Skv, D, Dv, type, causal, threads;
-  double scale;
+  double scale, softcap;  // 0: none
 };
 
 namespace {
@@ -1165,6 +1165,17 @@ void weigh_rows(const float* p, const float* shrink, const T* v, i64 ldv, i64 Dv
   }
 }
 
+// cap * tanh(scale * score / cap); near 0 the difference of exponentials has few digits.
+INLINE void cap_row(float* scores, float scale, float cap, i64 low, i64 high) {
+  for (i64 j = low / 8 * 8; j < high; j += 8) {
+    F8 x = load8(scores + j) * scale / cap, square = x * x;
+    F8 near = x * (1.0f - square * (0.333333333f - square * (0.133333333f - square * 0.053968254f)));
+    F8 far = 2.0f / (exp8(-2.0f * abs8(x)) + 1.0f) - 1.0f;
+    far = select(x < 0.0f, -far, far);
+    store8(scores + j, cap * select(square < 0.015625f, near, far));
+  }
+}
+
 // One online-softmax step of a row: scores become exponentials; returns the factor that older sums shrink by.
 INLINE float soften(float* scores, const float* added, float scale, i64 low, i64 high, float* top, float* total) {
   i64 aligned = low / 8 * 8;
@@ -1230,8 +1241,11 @@ template <class T> void attention_unit(const AttentionWork& w, i64 unit) {
       else if (some == 3) score_rows<3>(q + r * padded, padded, k, a.k.s, a.D, low, high, s);
       else if (some == 2) score_rows<2>(q + r * padded, padded, k, a.k.s, a.D, low, high, s);
       else score_rows<1>(q + r * padded, padded, k, a.k.s, a.D, low, high, s);
-      for (i64 i = 0; i < some; i++)
-        shrink[i] = soften(s + i * KEYS, added + (r + i) * KEYS, (float)a.scale, low, high, &part[i * stride], &part[i * stride + 1]);
+      float scale = a.softcap ? 1.0f : (float)a.scale, cap = (float)a.softcap;
+      for (i64 i = 0; i < some; i++) {
+        if (cap) cap_row(s + i * KEYS, (float)a.scale, cap, low, high);
+        shrink[i] = soften(s + i * KEYS, added + (r + i) * KEYS, scale, low, high, &part[i * stride], &part[i * stride + 1]);
+      }
       if (some == 4) weigh_rows<4>(s, shrink, v, a.v.s, a.Dv, low, high, part + 2, stride);
       else if (some == 3) weigh_rows<3>(s, shrink, v, a.v.s, a.Dv, low, high, part + 2, stride);
       else if (some == 2) weigh_rows<2>(s, shrink, v, a.v.s, a.Dv, low, high, part + 2, stride);

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from tinyfuse.graph.nodes import same_size
-from tinyfuse.graph.pattern import Check, Pattern, anything, call, cast, scalar, tensor
+from tinyfuse.graph.pattern import Check, Pattern, anything, call, cast, one_of, scalar, tensor
 from tinyfuse.patterns.attention import (
     attention,
     example,
@@ -24,7 +24,7 @@ from tinyfuse.patterns.attention import (
     repeated,
     v,
 )
-from tinyfuse.patterns.attention_softmax import alike, equal_heads, shifted
+from tinyfuse.patterns.attention_softmax import DTYPES, equal_heads, in_fp32, shifted
 
 bias, sinks = tensor("bias sinks")
 factor, inside = scalar("factor"), anything("inside")
@@ -40,10 +40,6 @@ def with_one_more_key(m):
     return attend_one_more_key(m, call(torch.Tensor.expand, m.bias, (-1, m.shape("q")[1], -1, -1)), m.sinks)
 
 
-def one_dtype(m):
-    return alike(m, "q", "k", "v", "bias", "sinks") and m.inside in (None, m.D, torch.float32)
-
-
 def fits(m):
     """The mask is that of each sequence for all heads, the sink one score per row."""
     mask, sink, (batch, heads) = m.shape("bias"), m.shape("sinks"), m.shape("q")[:2]
@@ -51,18 +47,22 @@ def fits(m):
     return one_sink and len(mask) == 4 and same_size(mask[0], batch) and same_size(mask[1], 1)
 
 
+def without_last(weights):
+    return call(operator.getitem, weights, (Ellipsis, slice(None, -1, None)))
+
+
 def pattern(of_scores, grouped, name):
     keys, values = (repeated(k, "k"), repeated(v, "v")) if grouped else (k, v)
-    scores = call(torch.matmul, q, call(torch.transpose, keys, 2, 3)) * factor + bias
+    scores = call(torch.matmul, cast(q, "S"), call(torch.transpose, cast(keys, "S"), 2, 3)) * factor + bias
     weights = call(torch.softmax, of_scores(call(torch.cat, (scores, sinks), 3)), 3, inside)
-    kept = call(operator.getitem, cast(weights, "D"), (Ellipsis, slice(None, -1, None)))
+    kept = one_of(without_last(cast(weights, "D")), cast(without_last(weights), "D"))
     return Pattern(
         name=name,
         stage="lift",
         roots=(call(torch.matmul, kept, values),),
         where=(
             rank_4,
-            Check(one_dtype, "q, k, v, weights, mask and sink differ in dtype"),
+            Check(lambda m: in_fp32(m, m.S, m.inside, m.dtype("bias"), m.dtype("sinks")), DTYPES),
             Check(heads_repeat if grouped else equal_heads, "its key and value heads are not merely repeated"),
             Check(fits, "its mask is not [batch, 1, queries, keys], or its sink not [batch, heads, queries, 1]"),
         ),
@@ -70,7 +70,7 @@ def pattern(of_scores, grouped, name):
         example=lambda: (
             (grouped_example() if grouped else example())
             | {"bias": torch.randn(2, 1, 5, 7), "sinks": torch.randn(1, 6, 1, 1).expand(2, 6, 5, 1)}
-            | {"factor": 0.3, "inside": torch.float32, "D": torch.float32}
+            | {"factor": 0.3, "inside": torch.float32, "S": torch.float32, "D": torch.float32}
         ),
     )
 

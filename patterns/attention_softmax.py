@@ -10,7 +10,7 @@ import torch
 
 from tinyfuse.graph import nodes
 from tinyfuse.graph.nodes import same_size
-from tinyfuse.graph.pattern import Check, Pattern, call, cast, one_of, scalar, tensor
+from tinyfuse.graph.pattern import Check, Pattern, anything, call, cast, scalar, tensor
 from tinyfuse.patterns.attention import (
     attention,
     example,
@@ -23,7 +23,8 @@ from tinyfuse.patterns.attention import (
     v,
 )
 
-bias, hidden, factor, fill = *tensor("bias hidden"), *scalar("factor fill")
+bias, hidden, factor, fill, inside = *tensor("bias hidden"), *scalar("factor fill"), anything("inside")
+DTYPES = "q, k, v and weights differ in dtype, or what is between them is neither in it nor in fp32"
 NEVER = -1e30  # added to a score in fp32, nothing of the score is left
 
 
@@ -62,36 +63,47 @@ def alike(m, *names):
     return all(m.dtype(name) is m.D for name in names if name in m.captures)
 
 
-def one_dtype(m):
-    return alike(m, "q", "k", "v", "bias") and m.S in (m.D, torch.float32) and torch.promote_types(m.D, m.S) is m.S
+def in_fp32(m, *between):
+    """Whether q, k, v and the weights have the dtype D, and those of ``between`` D or fp32."""
+    return alike(m, "q", "k", "v") and all(dtype in (None, m.D, torch.float32) for dtype in between)
+
+
+def dtypes_fit(m):
+    return in_fp32(m, m.S, m.inside, m.dtype("bias") if "bias" in m.captures else None)
 
 
 def equal_heads(m):
     return same_size(m.shape("q")[1], m.shape("k")[1]) and same_size(m.shape("k")[1], m.shape("v")[1])
 
 
-def between_matmuls(form, grouped):
-    of_scores, scale, mask = FORMS[form]
+def between_matmuls(name, form, grouped, **more):
+    """``more``: of the example."""
+    of_scores, scale, mask = form
     keys, values = (repeated(k, "k"), repeated(v, "v")) if grouped else (k, v)
     scores = call(torch.matmul, cast(q, "S"), call(torch.transpose, cast(keys, "S"), 2, 3))
-    weights = cast(call(torch.softmax, of_scores(scores), 3, one_of(None, torch.float32)), "D")
+    weights = cast(call(torch.softmax, of_scores(scores), 3, inside), "D")
+
+    def fused(m):
+        cap = [m.cap] if "cap" in m.captures else []
+        return [call(attention, m.q, m.k, m.v, mask(m), scale(m), False, *cap)]
+
     return Pattern(
-        name="_".join(["attention_softmax", form, *["repeat_kv"] * grouped]),
+        name="_".join(["attention", name, *["repeat_kv"] * grouped]),
         stage="lift",
         roots=(call(torch.matmul, weights, values),),
         where=(
             rank_4,
-            Check(one_dtype, "q, k, v, weights and mask differ in dtype"),
+            Check(dtypes_fit, DTYPES),
             Check(heads_repeat if grouped else equal_heads, "its key and value heads are not merely repeated"),
             Check(lambda m: m.captures.get("fill", NEVER) <= NEVER, "what it hides keeps a part of its score"),
         ),
-        to=lambda m: [call(attention, m.q, m.k, m.v, mask(m), scale(m), False)],
+        to=fused,
         example=lambda: (
             (grouped_example() if grouped else example())
             | {"bias": torch.randn(2, 1, 5, 7), "hidden": torch.rand(2, 1, 5, 7) < 0.3, "fill": -3e38}
-            | {"factor": 0.3, "S": torch.float32, "D": torch.float32}
+            | {"factor": 0.3, "inside": torch.float32, "S": torch.float32, "D": torch.float32, **more}
         ),
     )
 
 
-SOFTMAX = [between_matmuls(form, grouped) for form in FORMS for grouped in (True, False)]
+SOFTMAX = [between_matmuls(f"softmax_{name}", FORMS[name], grouped) for name in FORMS for grouped in (True, False)]

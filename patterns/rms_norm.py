@@ -2,8 +2,8 @@
 
 Llama and most others round the normalised value to the model's dtype and then multiply by the weight; Gemma
 (``1 + w``) and OLMo 2 multiply in fp32 and round once; some have no weight. ``x * rsqrt(v)`` is also written
-``x * pow(v, -0.5)`` and ``x / sqrt(v)``; a 16-bit x may be multiplied as it is, which v promotes (T5). ``F.rms_norm``
-rounds once, as OLMo 2 does.
+``x * pow(v, -0.5)`` and ``x / sqrt(v)``; ``x * rsqrt(v)`` is in fp32 whether x is cast to it or promoted (T5). DeepSeek
+V4 rounds the factor too, to the model's dtype: one rounding more. ``F.rms_norm`` rounds once, as OLMo 2 does.
 """
 
 import torch
@@ -19,8 +19,8 @@ eps, dim = scalar("eps dim")
 wide = cast(x, torch.float32)
 square = one_of(call(torch.pow, wide, 2), wide * wide, call(torch.square, wide))
 variance = call(torch.mean, square, dim, True) + eps
-factor = call(torch.rsqrt, variance)
-normed = one_of(wide * factor, x * factor, wide * call(torch.pow, variance, -0.5), wide / call(torch.sqrt, variance))
+factor = one_of(call(torch.rsqrt, variance), call(torch.pow, variance, -0.5))
+normed = one_of(wide * factor, wide / call(torch.sqrt, variance), x * call(torch.rsqrt, variance))
 
 over_last = Check(lambda m: m.dim == m.value("x").dim() - 1, "it normalises over another dimension than the last")
 same_dtype = Check(lambda m: m.D is m.dtype("x"), "its result has another dtype than its input")
@@ -79,7 +79,7 @@ gemma = Pattern(
 plain = Pattern(
     name="rms_norm_no_weight",
     stage="lift",
-    roots=(cast(normed, "D"),),
+    roots=(one_of(cast(normed, "D"), x * cast(factor, "D")),),
     where=(over_last, same_dtype, floating),
     to=lambda m: [call(rms_norm, m.x, None, m.eps, False, True)],
     example=example,

@@ -1,7 +1,7 @@
 """Rotary embedding, ``x * cos + rotate(x) * sin``, of the halves of a head (Llama) or of its front (NeoX, Phi).
 
 Matched when cos and sin have one entry per position for all heads, x being [B, H, S, D] or [B, S, H, D], and when the
-products are computed in x's dtype or in fp32 and rounded to x's dtype at the end.
+products are computed in x's dtype or in fp32 and rounded to x's dtype at the end, or left in fp32.
 """
 
 import operator
@@ -28,9 +28,8 @@ def halves(source):
 
 def turned(source, rotated):
     """In the dtype W of the products, to which both copies of x are cast, or promoted by cos; rounded to D."""
-    wide, again = cast(source, "W"), cast(source, "W")
-    other = one_of(rotated(again), cast(rotated(source), "W"))
-    return cast(wide * cos + other * sin, "D")
+    other = one_of(rotated(cast(source, "W")), cast(rotated(source), "W"))
+    return cast(cast(source, "W") * cos + other * sin, "D")
 
 
 def swap(tensor):
@@ -47,14 +46,19 @@ def products(m):
 
 
 def one_rounding(m):
-    kept = m.D is m.dtype("x") and torch.promote_types(m.D, factor(m)) is factor(m)
-    return kept and m.dtype("cos") is m.dtype("sin") and products(m) in (m.D, torch.float32)
+    """To x's dtype, or none: then the result has that of the products."""
+    wide = torch.promote_types(m.dtype("x"), factor(m)) is factor(m) and products(m) in (m.dtype("x"), torch.float32)
+    return wide and m.D in (m.dtype("x"), products(m)) and m.dtype("cos") is m.dtype("sin")
+
+
+def as_result(m, source):
+    return source if m.dtype("x") is m.D else call(nodes.cast, source, m.D)
 
 
 rank_4 = Check(
     lambda m: all(m.value(name).dim() == 4 for name in ("x", "cos", "sin")), "its tensors do not have 4 dimensions"
 )
-rounded_once = Check(one_rounding, "it computes in another dtype than x's or fp32, or its result has another than x")
+rounded_once = Check(one_rounding, "it computes in another dtype than x's or fp32, or its result has yet another")
 
 
 def positions(heads_dim):
@@ -64,19 +68,22 @@ def positions(heads_dim):
     )
 
 
-def layouts(name, root, interleaved, where, rotated, dtype=torch.float32, **example):
-    """Patterns for ``root`` of x as [B, H, S, D], of x as [B, S, H, D], and with a transposition after the latter;
-    ``rotated``: how many channels of the example's 8 are turned; ``dtype``: that of the example."""
+def tables(m):
+    """In the dtype of the products."""
+    kept = m.dtype("cos") is products(m)
+    return [table if kept else call(nodes.cast, table, products(m)) for table in (m.cos, m.sin)]
 
-    def table(m, name):
-        found = m.captures[name]
-        return found if m.dtype(name) is products(m) else call(nodes.cast, found, products(m))
+
+def layouts(name, root, interleaved, where, rotated, dtype=torch.float32, tables=tables, **example):
+    """Patterns for ``root`` of x as [B, H, S, D], of x as [B, S, H, D], and with a transposition after the latter;
+    ``rotated``: how many channels of the example's 8 are turned; ``dtype``: that of the example; ``tables``: those that
+    the rotation takes, given the match."""
 
     def plain(m):
-        return call(rope, m.x, table(m, "cos"), table(m, "sin"), interleaved)
+        return call(rope, as_result(m, m.x), *tables(m), interleaved)
 
     def swapped(m):
-        return call(rope, swap(m.x), swap(table(m, "cos")), swap(table(m, "sin")), interleaved)
+        return call(rope, swap(as_result(m, m.x)), *map(swap, tables(m)), interleaved)
 
     def of(suffix, root, heads_dim, to):
         sizes = {"x": (2, 3, 5, 8), "cos": (2, 1, 5, rotated), "sin": (2, 1, 5, rotated)}

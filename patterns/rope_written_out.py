@@ -9,7 +9,7 @@ import torch
 
 from tinyfuse.graph.nodes import same_size
 from tinyfuse.graph.pattern import Check, Pattern, call, cast, scalar
-from tinyfuse.patterns.rope import cos, positions, rank_4, rope, rounded_once, sin, swap, x
+from tinyfuse.patterns.rope import as_result, cos, positions, rank_4, rope, rounded_once, sin, swap, x
 from tinyfuse.patterns.rope_pairs import every_second
 
 last, parts, dim = scalar("last parts dim")
@@ -39,10 +39,10 @@ def of(name, a, b, where, source):
     """``source``: x with a in its first half and b in its second, given the match."""
 
     def plain(m):
-        return [call(rope, source(m), twice(m.cos), twice(m.sin), False)]
+        return [call(rope, as_result(m, source(m)), twice(m.cos), twice(m.sin), False)]
 
     def swapped(m):
-        return [swap(call(rope, swap(source(m)), twice(swap(m.cos)), twice(swap(m.sin)), False))]
+        return [swap(call(rope, swap(as_result(m, source(m))), twice(swap(m.cos)), twice(swap(m.sin)), False))]
 
     def pattern(suffix, heads_dim, to):
         order = (0, heads_dim, 3 - heads_dim, 3)

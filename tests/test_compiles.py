@@ -125,13 +125,13 @@ def test_attention(compiled, D, heads, kv_heads, dtype):
         rope_append_attention.run_triton(q, new, new, table, table, cache, cache.clone(), pos, False, mask, 0.1, bounds)
     _attention_decode.decode(q, cache, cache, row, 0.1, False)
     prompt = made(2, heads, 40, D)
-    _attention_decode.decode(prompt[:, :, :3], cache, cache, row.expand(2, heads, 3, L), 0.1, False)
+    _attention_decode.decode(prompt[:, :, :3], cache, cache, row.expand(2, heads, 3, L), 0.1, False, softcap=50.0)
     if dtype is torch.float32:
         return  # prompts stay with SDPA
     batch = [t.repeat(4, 1, 1, 1) for t in (q, new, new, table, table, cache, cache)]
     rope_append_attention.run_triton(*batch, pos, False, row.repeat(4, 1, 1, 1), 0.1)
     _attention_prefill.prefill(prompt, cache, cache, row.expand(2, 1, 40, L), 0.1, False)
-    _attention_prefill.prefill(prompt, prompt[:, :kv_heads], prompt[:, :kv_heads], None, 0.1, True)
+    _attention_prefill.prefill(prompt, prompt[:, :kv_heads], prompt[:, :kv_heads], None, 0.1, True, softcap=50.0)
     assert {"_decode", "_prefill", "_map", "_mask_bounds"} <= set(compiled)
 
 

@@ -24,7 +24,7 @@ from tinyfuse.report import report_of
 
 def test_sample() -> None:
     """A bias of attention that is summed up in place."""
-    result = check("deberta-v2:Model", ("forward",))
+    result = check("deberta-v2:Model", ("forward", "bfloat16"))
     assert not result.wrong and not result.stock and not result.reasons
     assert result.sites["attention", "fused"] == result.sites["attention", "found"] > 0
 

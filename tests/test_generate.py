@@ -1,6 +1,7 @@
 """generate of an optimised model: the tokens of the stock one, whatever the model and the arguments."""
 
 import copy
+import functools
 import itertools
 import threading
 import time
@@ -535,6 +536,21 @@ def test_no_plain_cache_goes_the_stock_way():
     pair = Pair(Lfm2Config(**SIZE | {"num_hidden_layers": 2}, layer_types=["conv", "full_attention"]))
     pair.same(**ONE, max_new_tokens=4)
     assert len(pair.fallbacks) == 1 and "LinearAttentionLayer" in pair.fallbacks[0]
+
+
+def test_inputs_that_transformers_prepares_for_no_static_cache(llama, monkeypatch):
+    """Llama 4 in transformers 5.17."""
+    prepare = type(llama.fast).prepare_inputs_for_generation
+
+    @functools.wraps(prepare)
+    def fail(self, ids, past_key_values=None, **more):
+        if not isinstance(past_key_values, DynamicCache):
+            raise TypeError("no such mask")
+        return prepare(self, ids, past_key_values=past_key_values, **more)
+
+    monkeypatch.setattr(type(llama.fast), "prepare_inputs_for_generation", fail)
+    llama.same(**PADDED, max_new_tokens=4)
+    assert "TypeError: no such mask" in llama.fallbacks.pop()
 
 
 def test_inputs_that_buffers_cannot_follow():

@@ -1,10 +1,13 @@
 """Uses off the beaten path of an optimised model: what stock gives, each time."""
 
 import copy
+from types import MethodType
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from transformers.models.llama import modeling_llama
 
 from tests.models import build, prompt
 from tests.tolerance import LOGITS, error
@@ -128,6 +131,60 @@ def test_a_model_that_breaks_the_graph(pair):
     for _ in range(2):
         assert_same_logits(pair)
     assert pair[0].model.layers[0].mlp.calls == pair[1].model.layers[0].mlp.calls
+
+
+@torch.library.custom_op("hard_cases::norm", mutates_args={"out"})
+def norm_into(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> None:
+    out.copy_(1.25 * F.rms_norm(x, weight.shape, weight, eps))  # not what the module computes: nobody may pass it by
+
+
+@torch.library.custom_op("hard_cases::rotate", mutates_args={"x"})
+def rotate_in_place(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    a, b = x.chunk(2, -1)
+    x.copy_(x * cos + torch.cat((-b, a), -1) * sin)
+
+
+class Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        out = torch.empty_like(x)
+        norm_into(x.contiguous(), weight, eps, out)
+        ctx.save_for_backward(x, weight)
+        return out
+
+
+class Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, cos, sin):
+        q, k = (x.transpose(1, 2).contiguous() for x in (q, k))
+        for x in (q, k):
+            rotate_in_place(x, cos[:, :, None], sin[:, :, None])
+        return q.transpose(1, 2), k.transpose(1, 2)
+
+
+def kernelise(model):
+    """What Liger and Hugging Face's kernels do to an instance: other forwards, of opaque operations that write."""
+    for module in model.modules():
+        if hasattr(module, "variance_epsilon"):
+            module.forward = MethodType(lambda self, x: Norm.apply(x, self.weight, self.variance_epsilon), module)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_kernels_of_another_library(when, monkeypatch):
+    fast, _ = build("llama")
+    stock = copy.deepcopy(fast)
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", lambda q, k, cos, sin: Rotate.apply(q, k, cos, sin))
+    kernelise(stock)
+    if when == "before":
+        kernelise(fast)
+        optimize(fast)
+    else:
+        optimize(fast).generate(**INPUTS, max_new_tokens=2)
+        kernelise(fast)
+    assert_same_logits((fast, stock))
+    tokens = [model.generate(**INPUTS, max_new_tokens=6, do_sample=False) for model in (fast, stock)]
+    assert torch.equal(*tokens)
+    assert not fast._tinyfuse.fallbacks and fast._tinyfuse.report.summary["linear"]["fused"]
 
 
 def test_sixty_layers_with_outlier_channels():

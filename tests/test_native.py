@@ -351,12 +351,13 @@ def attention_inputs(B, H, Hkv, Sq, Skv, D, Dv, dtype):
     return q, k, torch.randn(B, Hkv, Skv + 1, Dv + 5).to(dtype)[:, :, 1:, :Dv]
 
 
-def check_attention(q, k, v, mask, is_causal, scale=0.2):
+def check_attention(q, k, v, mask, is_causal, scale=0.2, softcap=None):
     """The kernel and, where that one loses, SDPA."""
-    made = [way(q, k, v, mask, scale, is_causal) for way in (attention.run_native, attention.flash)]
-    eager = attention.reference(q, k, v, mask, scale, is_causal)
+    ways = (attention.run_native, attention.flash) if softcap is None else (attention.run_native,)
+    made = [way(q, k, v, mask, scale, is_causal, softcap) for way in ways]
+    eager = attention.reference(q, k, v, mask, scale, is_causal, softcap)
     wide = mask if mask is None or mask.dtype is torch.bool else mask.double()
-    exact = attention.reference(q.double(), k.double(), v.double(), wide, scale, is_causal)
+    exact = attention.reference(q.double(), k.double(), v.double(), wide, scale, is_causal, softcap)
     for out in made:
         assert out.transpose(1, 2).is_contiguous()
         assert_as_exact_as_eager("attention", out, eager, exact)
@@ -376,6 +377,8 @@ def test_attention(B, H, Hkv, Sq, Skv, D, Dv, dtype, threads):
     mask[..., : Skv // 3] = False
     mask[..., -1] = True
     check_attention(q, k, v, mask, False)
+    check_attention(q, k, v, mask, False, softcap=1.5)
+    check_attention(q, k, v, None, True, softcap=50.0)
     check_attention(q, k, v, (torch.rand(B, H, Sq, Skv) > 0.4) | mask, False)
     check_attention(q, k, v, torch.randn(1, H, 1, Skv).to(dtype), False)
     check_attention(q, k, v, torch.where(mask, 0.0, torch.finfo(dtype).min).to(dtype), False)

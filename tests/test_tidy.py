@@ -5,8 +5,10 @@ from __future__ import annotations
 import operator
 
 import torch
+from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_mutation
 
 from tests.graphs import Built
+from tinyfuse.graph.nodes import writes
 from tinyfuse.graph.normalize import normalize
 from tinyfuse.graph.pattern import call, tensor
 from tinyfuse.graph.share import share_common
@@ -49,6 +51,20 @@ def test_equal_copies_become_one_unless_one_is_written() -> None:
         share_common(built.graph, copies=True)
         assert targets(built).count(torch.cat) == (2 if write else 1)
         torch.testing.assert_close(built.run()[0], expected)
+
+
+def test_what_a_triton_kernel_of_the_model_takes_counts_as_written() -> None:
+    """Liger's kernels write their results into what they are given."""
+    built = Built([call(torch.cat, (x, x), 0), call(torch.cat, (x, x), 0)], {"x": torch.randn(3, 3)})
+    first, second = (node for node in built.graph.nodes if node.target is torch.cat)
+    with built.graph.inserting_after(second):
+        arguments = {"kernel_idx": 0, "grid": [(1, 1, 1)], "kwargs": {"read": second, "written": first, "size": 3}}
+        launch = built.graph.call_function(triton_kernel_wrapper_mutation, (), arguments)
+    assert writes(launch) == [second, first]
+    normalize(built.graph)
+    share_common(built.graph, copies=True)
+    drop_dead(built.graph)
+    assert targets(built) == [torch.cat, torch.cat, triton_kernel_wrapper_mutation]
 
 
 def counting(step: int, layers: int = 3) -> Built:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from tests.zoo.build import TYPES, config
-from tests.zoo.check import check
+from tests.zoo.build import TYPES, build, config
+from tests.zoo.check import Exact, check, logits
 
 SAMPLE = ("gemma3n_text", "deepseek_v2")  # powers of tensors, keys shared by layers; latent attention, experts
 
 
 @pytest.mark.parametrize("model_type", SAMPLE)
 def test_sample(model_type: str) -> None:
-    result = check(model_type, ("generate", "int8"))
+    result = check(model_type, ("generate", "int8", "bfloat16"))
     assert not result.wrong and not result.stock
     assert all(reason for _, reason in result.reasons)
 
@@ -34,3 +35,15 @@ def test_every_type_has_a_configuration() -> None:
             failed.add(model_type)
     # Whose own defaults transformers refuses, or that hold a model of text with layers of its own.
     assert failed <= {"gemma4_assistant", "dots3_note", "musicgen", "musicgen_melody"}
+
+
+@pytest.mark.parametrize(("model_type", "turned", "equal"), [("llama", 1, False), ("mixtral", 5, True)])
+def test_errors_in_16_bits_are_those_of_eager_code(model_type: str, turned: int, equal: bool) -> None:
+    """Of all tokens, and where a rounding may turn the choice of experts of a few, of most."""
+    exact, right = Exact(build(model_type)), logits(build(model_type), 0)
+    noise = 0.01 * torch.randn(2, *right.shape, generator=torch.Generator().manual_seed(0))
+    eager, fused = right + noise
+    assert exact.differ(0, eager, fused) is None
+    assert "2.00 times" in exact.differ(0, eager, right + 2 * noise[0])
+    fused[:turned] = -right[:turned]
+    assert (exact.differ(0, eager, fused) is None) is equal

@@ -251,6 +251,8 @@ def account(
 
 def _fate(anchor: Anchor, copies: Mapping[Node, Node], outcome: Any, choices: Mapping[Node, Any]) -> Fate:
     path, final = outcome.final(copies[anchor.node])
+    if anchor.kind == "rope" and not any("rope" in pattern.name for pattern in path):
+        path, final = [], copies[anchor.node]  # its sum is that of another pattern, such as an add and norm
     if path or final in choices:  # an int8 linear is an op before any pattern sees it
         node = _op_node(final, choices)
         kernel, reason = choices[node].kernel, choices[node].reason
@@ -297,8 +299,10 @@ def _unknown(anchor: Anchor) -> str:
         return (
             "expert weights stored [E, K, N] are multiplied by stock torch; quantised to int8 they are stored [E, N, K]"
         )
+    if anchor.kind == "linear" and anchor.detail in ("bmm", "baddbmm"):
+        return f"a stack of weights is multiplied at once by stock torch ({anchor.detail}), which reads each once"
     if anchor.detail == "softmax, softcap":
-        return "its scores pass through a softcap (tanh), which no pattern covers"
+        return "its scores pass through a softcap (tanh) in a form that no pattern covers"
     if anchor.detail == "softmax":
         return "it is written as products around a softmax in a form that no pattern covers"
     return f"it is written ({anchor.detail or anchor.node.name}) in a form that no pattern covers"

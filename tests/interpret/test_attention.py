@@ -12,7 +12,7 @@ from tinyfuse.kernels.attention import reference
 # B, H, Hkv, Sq, Skv, D, Dv
 DECODE = [(1, 2, 2, 1, 37, 32, 32), (2, 4, 2, 1, 40, 40, 24), (1, 6, 1, 3, 35, 16, 16)]
 PREFILL = [(2, 2, 1, 20, 37, 16, 24), (1, 2, 2, 17, 5, 16, 16)]
-MASKS = ["none", "causal flag", "causal", "sliding", "padded", "by head", "dead", "float"]
+MASKS = ["none", "causal flag", "causal", "sliding", "padded", "by head", "dead", "float", "float32"]
 
 
 def make_mask(kind, B, H, Sq, Skv, dtype):
@@ -31,8 +31,9 @@ def make_mask(kind, B, H, Sq, Skv, dtype):
         return (j < 9).expand(B, 1, 1, Skv), False
     if kind == "dead":
         return torch.zeros(B, 1, 1, Skv, dtype=torch.bool), False
-    if kind == "float":
-        return torch.where(torch.rand(B, 1, Sq, Skv) < 0.5, 0.0, -30.0).to(dtype), False
+    if kind.startswith("float"):
+        own = torch.float32 if kind == "float32" else dtype
+        return torch.where(torch.rand(B, 1, Sq, Skv) < 0.5, 0.0, -30.0).to(own), False
     return None, kind == "causal flag"
 
 
@@ -45,14 +46,14 @@ def make_inputs(shape, dtype):
     return q, k, v
 
 
-def check(run, shape, kind, dtype, plan):
+def check(run, shape, kind, dtype, plan, softcap=None):
     torch.manual_seed(0)
     B, H, _, Sq, Skv, D, _ = shape
     q, k, v = make_inputs(shape, dtype)
     mask, is_causal = make_mask(kind, B, H, Sq, Skv, dtype)
     wide = mask if mask is None or mask.dtype == torch.bool else mask.double()
-    exact = reference(q.double(), k.double(), v.double(), wide, D**-0.5, is_causal)
-    out = run(q, k, v, mask, D**-0.5, is_causal, plan)
+    exact = reference(q.double(), k.double(), v.double(), wide, D**-0.5, is_causal, softcap)
+    out = run(q, k, v, mask, D**-0.5, is_causal, plan, softcap=softcap)
     assert out.shape == exact.shape and out.transpose(1, 2).is_contiguous()
     error = (out.double() - exact).norm() / exact.norm().clamp_min(1e-9)
     assert error < (1e-5 if dtype == torch.float32 else 1e-3)
@@ -116,6 +117,15 @@ def test_decode_in_float32(shape):
 @pytest.mark.parametrize("shape, kind", list(itertools.product(PREFILL, MASKS)))
 def test_prefill(shape, kind):
     check(_attention_prefill.prefill, shape, kind, torch.float16, _attention_prefill.Plan(16, 16, 4, 1, 1))
+
+
+@pytest.mark.parametrize("softcap", [0.5, 30.0])
+@pytest.mark.parametrize("kind", ["causal", "float32"])
+def test_softcap(kind, softcap):
+    """Of scores around 1: bounded by half of that, and nearly as they are."""
+    plan = _attention_prefill.Plan(16, 16, 4, 1, 1)
+    check(_attention_decode.decode, DECODE[1], kind, torch.float32, None, softcap)
+    check(_attention_prefill.prefill, PREFILL[0], kind, torch.float16, plan, softcap)
 
 
 @pytest.mark.parametrize("Sq", [1, 20])

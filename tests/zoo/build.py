@@ -48,6 +48,7 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+SPATIAL_ROPE = {**ROPE, "mrope_section": [3, 3, 2]}
 HYBRID = {
     "num_hidden_layers": 4, "layer_types": ["linear_attention", "hybrid"] * 2, "num_key_value_heads": HEADS,
     "attention_hidden_size": 2 * HIDDEN, "attention_head_dim": 32,
@@ -55,7 +56,7 @@ HYBRID = {
 OMIT: Any = object()  # a size that the type refuses to be given
 FIXES: dict[str, dict[str, Any]] = {  # what a type needs beside SIZES
     "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16},
-    "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
+    "cohere_compass_text": {"rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), SPATIAL_ROPE)},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {
@@ -66,6 +67,7 @@ FIXES: dict[str, dict[str, Any]] = {  # what a type needs beside SIZES
         "per_layer_config": {"1": {"num_attention_heads": 2, "num_key_value_heads": 2}},
         "qk_nope_head_dim": 16, "index_head_dim": HEAD_DIM, "index_n_heads": 2, "index_topk": 8,
     },
+    "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_state": 16, "mamba_chunk_size": 16},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": WINDOW},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},

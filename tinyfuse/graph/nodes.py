@@ -85,6 +85,8 @@ def writes(node: Node) -> list[Node]:
         name = str(node.target)
         if name.endswith("_") and not name.endswith("__"):
             written = node.args[:1]
+    elif isinstance(node.target, torch._ops.HigherOrderOperator):  # a user's Triton kernel may write all that it takes
+        written = (node.args, node.kwargs)
     elif node.target in _INPLACE_OPERATORS or node.kwargs.get("inplace"):
         written = node.args[:1]
     elif (overload := _overload(node.target)) is not None:

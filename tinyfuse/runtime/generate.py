@@ -289,12 +289,16 @@ def generate_tokens(
     elif input_ids.device != model.device:
         reason = f"the prompt is on {input_ids.device}, the model on {model.device}"
     reason = reason or runtime.pool.learn()
-    if reason is not None:
+
+    def stock(reason: str) -> Tensor | GenerateDecoderOnlyOutput:
         runtime.fall_back(reason)
         generation_config.disable_compile = True
         return model._sample(
             input_ids, logits_processor, stopping_criteria, generation_config, streamer=streamer, **kwargs
         )
+
+    if reason is not None:
+        return stock(reason)
     embeds = kwargs.get("inputs_embeds")
     prompt = (input_ids if embeds is None else embeds).shape[1]
     limit = min(limits) - input_ids.shape[1]
@@ -307,9 +311,15 @@ def generate_tokens(
         loop = Loop(runtime, slot, input_ids, logits_processor, stopping_criteria, generation_config, streamer, limit)
         with runtime.in_order(input_ids.device):
             try:
-                return loop.run(kwargs, prompt)
+                return loop.run(dict(kwargs), prompt)
+            except NotPrepared as error:
+                return stock(str(error))
             finally:
                 slot.reset()
+
+
+class NotPrepared(Exception):
+    """transformers cannot prepare a prompt for a static cache."""
 
 
 def _prefill(runtime, slot: Slot, input_ids: Tensor, config: GenerationConfig, kwargs: dict[str, Any]) -> Any:
@@ -317,7 +327,10 @@ def _prefill(runtime, slot: Slot, input_ids: Tensor, config: GenerationConfig, k
     if config.prefill_chunk_size is not None:
         config.disable_compile = True  # it is compiled already
         return model._prefill(input_ids, config, kwargs)
-    inputs = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **kwargs)
+    try:
+        inputs = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **kwargs)
+    except Exception as error:
+        raise NotPrepared(f"no inputs for a static cache: {type(error).__name__}: {error}") from error
     inputs["return_dict"] = True
     if runtime.hooked():
         return model(**inputs)
