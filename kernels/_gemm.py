@@ -23,7 +23,6 @@ from tinyfuse.kernels.gated_act import activate
 
 # Digits, rows, columns and depth of a tile, stages, warps, shares of K.
 Config = tuple[int, int, int, int, int, int, int]
-MOST_ROWS = {2: 1024, 3: 256}  # by digits; beyond, expanding the weight and cuBLAS are faster
 
 
 @jit(do_not_specialize=["rows", "tiles"])
@@ -202,9 +201,8 @@ def reason(x: Tensor, weights: list[Tensor], scales: list[Tensor | None], biases
     """Why :func:`gemm` cannot run these."""
     if scales[0] is None:
         return "cuBLAS multiplies weights in x's dtype"
-    most = MOST_ROWS[digit_count(x.dtype)]
-    if x.numel() // x.shape[-1] > most:
-        return f"the int8 tensor-core kernel takes at most {most} rows of x in {x.dtype}"
+    if x.numel() // x.shape[-1] > most_rows(x.dtype):
+        return f"the int8 tensor-core kernel takes at most {most_rows(x.dtype)} rows of x in {x.dtype}"
     if len(weights) > 3:
         return "the int8 tensor-core kernel takes at most 3 weights together"
     return _gemv.reason(x, weights, scales, biases)
@@ -251,6 +249,11 @@ def digit_count(dtype: torch.dtype) -> int:
     most sqrt(K) / 113000, below the 1.7e-3 to which bf16 rounds a result for any K that fits. fp16 rounds to 2e-4.
     """
     return 3 if dtype == torch.float16 else 2
+
+
+def most_rows(dtype: torch.dtype) -> int:
+    """Rows of x up to which the kernel is faster on an H200 than cuBLAS with the weight expanded."""
+    return 1024 if digit_count(dtype) == 2 else 256
 
 
 @lru_cache(4096)

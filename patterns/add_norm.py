@@ -31,7 +31,7 @@ def takes_residual(node):
         return False
     rows, _, scale, _, residual = node.args
     shape = value(rows).shape
-    few = _gemv.MOST_ROWS if scale is None else _gemm.MOST_ROWS
+    few = _gemv.MOST_ROWS if scale is None else _gemm.most_rows(value(rows).dtype)
     return residual is None and is_static(value(rows)) and shape.numel() <= few * shape[-1]
 
 
