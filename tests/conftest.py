@@ -1,14 +1,52 @@
-"""Tests marked ``gpu`` are deselected where there is no CUDA device."""
+"""Tests marked ``gpu`` are deselected where there is no CUDA device; ``test_apart.py`` runs beside the others."""
 
+import gc
+import os
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
 import torch
 
-collect_ignore = ["interpret"]  # collected under TRITON_INTERPRET=1 by test_interpret.py
+from tinyfuse import fallback
+
+collect_ignore = ["interpret", "compiled", "zoo"]  # run by test_apart.py
+APART = "test_apart"
 
 
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: item.path.stem == APART)  # by then the results are there
     if torch.cuda.is_available():
         return
     gpu = [item for item in items if item.get_closest_marker("gpu")]
     if gpu:
         config.hook.pytest_deselected(items=gpu)
         items[:] = [item for item in items if item not in gpu]
+
+
+def pytest_collection_finish():
+    gc.freeze()  # what the imports made is not looked through again and again: a fifteenth of the time
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def no_graph_fails_to_compile():
+    """A graph that the backend fails to compile runs as stock's, with the same results: no other test would notice."""
+    before = Counter(fallback.seen)
+    yield
+    failed = [reason for (where, reason) in fallback.seen - before if where == "backend" and "failed" in reason]
+    assert not failed
+
+
+@pytest.fixture(scope="session", autouse=True)
+def apart(request):
+    """What each file of ``test_apart.py`` gives, one file to a core but for one core, from the first test on."""
+    from tests.test_apart import run
+
+    files = [item.callspec.params["file"] for item in request.session.items if item.path.stem == APART]
+    pool = ThreadPoolExecutor(max(1, os.cpu_count() - 1))
+    yield {file: pool.submit(run, file) for file in files}
+    pool.shutdown(cancel_futures=True)

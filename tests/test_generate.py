@@ -14,7 +14,6 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
-    Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
@@ -23,7 +22,6 @@ from transformers import (
     MaxTimeCriteria,
     MistralConfig,
     MixtralConfig,
-    OPTConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     RepetitionPenaltyLogitsProcessor,
@@ -47,19 +45,14 @@ SIZE = {
     "vocab_size": 96,
     "max_position_embeddings": 2048,
 }
-WINDOW = {"head_dim": 8, "sliding_window": 6}
-UNTIED = {"tie_word_embeddings": False}  # a tied head of random weights repeats its input
-OPT = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
-GEMMA3 = SIZE | WINDOW | UNTIED | {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
+GEMMA3 = SIZE | {"head_dim": 8, "sliding_window": 6, "num_hidden_layers": 2}
 FAMILIES = {
     "mistral": MistralConfig(**SIZE, sliding_window=6),
     "qwen2": Qwen2Config(**SIZE),
-    "gemma2": Gemma2Config(**SIZE | WINDOW | UNTIED),
-    "gemma3": Gemma3TextConfig(
-        **SIZE | WINDOW | {"num_hidden_layers": 2}, layer_types=["sliding_attention", "full_attention"]
+    "gemma3": Gemma3TextConfig(  # untied: a tied head of random weights repeats its input
+        **GEMMA3, layer_types=["sliding_attention", "full_attention"], tie_word_embeddings=False
     ),
     "gpt2": GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=96, n_positions=2048),
-    "opt": OPTConfig(**OPT | UNTIED, vocab_size=96),
     "mixtral": MixtralConfig(**SIZE, num_local_experts=4, sliding_window=None),
 }
 ONE = {"input_ids": torch.tensor([[5, 17, 33, 2, 8, 61, 7, 7, 90]])}
@@ -119,15 +112,6 @@ def covered(llama):
     del llama.fallbacks[:]
     yield llama
     assert llama.fallbacks == []
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_families(family):
-    pair = Pair(FAMILIES[family])
-    tokens = pair.same(**PADDED, max_new_tokens=20)
-    assert len(set(tokens[:, 9:].flatten().tolist())) > 4
-    pair.same(**PADDED, seed=3)
-    assert pair.fallbacks == []
 
 
 @pytest.mark.parametrize("prompt", [ONE, PADDED], ids=["one", "padded"])
@@ -224,7 +208,6 @@ def test_padded_prompts(family, monkeypatch):
     pair = Pair(FAMILIES[family])
     prompts = [{"input_ids": ONE["input_ids"].repeat(1, 4)[:, :length]} for length in (3, 9, 12, 7, 1, 32, 36)]
     for prompt in (*prompts, PADDED, {name: value[:, :7] for name, value in PADDED.items()}):
-        pair.same(**prompt, max_new_tokens=10)
         pair.same(**prompt, seed=2)
         result = pair.same(**prompt, return_dict_in_generate=True)
         stock = pair.stock.generate(**prompt, max_new_tokens=12, do_sample=False, return_dict_in_generate=True)

@@ -222,11 +222,71 @@ def quantize_(
         report.modules += _convert(group, scale)
     for stack, stack_scale in zip(stacks, stack_scales, strict=True):
         report.modules += _convert_experts(*stack, stack_scale)
-    if stacks:
-        _keep_names(model)
     _tie_scales(model, {f"{name}.weight" for group in groups if len(group) > 1 for name, _ in group})
+    _be_saved_as_int8(model)
     report.bytes_after = _bytes(model)
     return report
+
+
+def int8_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The int8 modules of ``model`` by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, _Int8)}
+
+
+def prepare_int8_(model: nn.Module, embed_scales: dict[str, float]) -> None:
+    """Give a transformers ``model`` on the meta device its int8 modules, in place, before it is given their values.
+
+    ``embed_scales`` holds the names of all of them, and the factor of those that are embeddings; names that ``model``
+    lacks are passed over. Raises ``ValueError`` for a name of what is no linear, embedding or weight of experts.
+    """
+    keys = [(head.removesuffix(".weight"), table) for head, table in model.all_tied_weights_keys.items()]
+    tied = [head for head, table in keys if table.removesuffix(".weight") in embed_scales]
+    embed_scales = dict.fromkeys(tied, 1.0) | embed_scales  # the saved model may have had no head
+    for name, module in list(model.named_modules()):
+        listed = [key for key in module._parameters if f"{name}.{key}" in embed_scales]
+        if listed and not hasattr(module, "is_transposed"):
+            raise _other_code(f"{name}.{listed[0]}", module)
+        if listed:
+            along = 1 if module.is_transposed else 2
+            _convert_experts(name, module, {key: module._parameters[key].amax(along).float() for key in listed})
+        if name not in embed_scales:
+            continue
+        if not isinstance(module, (nn.Linear, nn.Embedding)) and not _is_conv1d(module):
+            raise _other_code(name, module)
+        if isinstance(module, nn.Embedding):
+            module._buffers.pop("embed_scale", None)
+            module.embed_scale = embed_scales[name]
+        _convert([(name, module)], module.weight.amax(0 if _is_conv1d(module) else 1).float())
+    model.tie_weights(recompute_mapping=False)
+    for module in int8_modules(model).values():
+        module.weight._is_hf_initialized = True  # or transformers draws float values for what lies on a disk
+    for head in tied:
+        model.get_submodule(head).weight_scale = None  # not to be looked for in the file: finish_int8_ ties it
+
+
+def finish_int8_(model: nn.Module) -> None:
+    """Tie the scales of a model that :func:`prepare_int8_` prepared, once it has its values."""
+    _tie_scales(model, {f"{name}.weight" for name in int8_modules(model)})
+    model.tie_weights(recompute_mapping=False)
+    _be_saved_as_int8(model)
+
+
+def _other_code(name: str, module: nn.Module) -> ValueError:
+    return ValueError(
+        f"{name} is int8 in the saved model and belongs to a {type(module).__name__} here, which cannot hold it: load "
+        "it with the transformers that it was saved with, or quantise the original model again"
+    )
+
+
+def _be_saved_as_int8(model: nn.Module) -> None:
+    """What ``save_pretrained`` of a transformers model writes is then what ``from_pretrained`` reads."""
+    library = sys.modules.get("transformers.modeling_utils")
+    for module in model.modules() if library is not None else ():
+        if isinstance(module, library.PreTrainedModel) and int8_modules(module):
+            from tinyfuse.pretrained import Int8Config, Int8Quantizer
+
+            if getattr(module, "hf_quantizer", None) is None:
+                module.hf_quantizer = Int8Quantizer(Int8Config())
 
 
 Group = list[tuple[str, nn.Module]]  # the modules that share one weight, by name
@@ -441,6 +501,8 @@ def _scale(name: str, weight: Tensor, along: int) -> Tensor:
 def _quantize_weight(weight: Tensor, scale: Tensor) -> Tensor:
     """weight [N, K] of any strides to contiguous int8 [N, K], a few rows at a time."""
     out = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    if weight.device.type == "meta":
+        return out
     step = max(1, CHUNK // weight.shape[1])
     for start in range(0, len(weight), step):
         rows = slice(start, start + step)
@@ -515,14 +577,6 @@ def _detach_accelerate_hook(module: nn.Module):
         sys.modules["accelerate.hooks"].remove_hook_from_module(module)
     vars(module).pop("forward", None)
     return hook
-
-
-def _keep_names(model: nn.Module) -> None:
-    """``save_pretrained`` would rename int8 experts and cut them up as it does those of the float checkpoint, to names
-    that nothing reads again: they are saved as in ``state_dict``."""
-    for module in model.modules():
-        if hasattr(module, "save_pretrained") and any(isinstance(part, Int8Experts) for part in module.modules()):
-            module._weight_conversions = []
 
 
 def _tie_scales(model: nn.Module, tied: set[str]) -> None:
