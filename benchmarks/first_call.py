@@ -48,7 +48,7 @@ def measured(preset: str) -> dict[str, float]:
 
 
 def in_its_own_process(preset: str, caches: str) -> dict[str, float]:
-    env = os.environ | {name: str(Path(caches, name)) for name in CACHES}
+    env = os.environ | {name: str(Path(caches, name)) for name in CACHES} | {"TINYFUSE_FALLBACK": "error"}
     command = [sys.executable, __file__, "--preset", preset, "--in-this-process"]
     done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
