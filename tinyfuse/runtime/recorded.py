@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -103,6 +104,18 @@ def _code_of(function: Callable[..., Any]) -> list[Any]:
     return [inner, inner.__code__, *(id(inner.__globals__.get(name)) for name in inner.__code__.co_names)]
 
 
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """The garbage collector waits: looking through all that is imported took it a fifth of a first call."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 @dataclass
 class Compiled:
     recording: Recording
@@ -159,7 +172,9 @@ class Recordings:
         found = next((c for c in known if c.recording.holds(tensors)), None)
         if found is None:
             try:
-                found = self._record(arguments, given, len(known))
+                with _no_collection():
+                    found = self._record(arguments, given, len(known))
+                    _compile_kernels(_bound(found, arguments, tensors), after)
             except FallbackError:
                 raise
             except Exception as error:
@@ -167,7 +182,6 @@ class Recordings:
                 self.declined[kind] = f"{name}{error}"
                 return self.declined[kind]
             known.append(found)
-            _compile_kernels(_bound(found, arguments, tensors), after)
         return _bound(found, arguments, tensors)
 
     def _record(self, arguments: dict[str, Any], given: dict[str, Given], known: int) -> Compiled:
