@@ -62,6 +62,7 @@ TEXT = """
 
 {types}
 """
+LEFT_OUT = "Not listed are types that equal stock and have no smaller share fused than on the newest version.\n\n"
 GROUPS = {
     "causal": ("zoo.json", "models.md", HEAD, TYPES),
     "encoders": ("encoders.json", "encoders.md", ENCODERS, NAMES),
@@ -148,7 +149,7 @@ def page(head: str, made: list[Result], listed: Collection[str]) -> str:
         all=len(made),
         totals=table(["", *kinds], [["all", *shares]]),
         reasons=most_frequent(reasons),
-        types=table(["type", "result", *kinds], rows),
+        types=(LEFT_OUT if len(rows) < len(made) else "") + table(["type", "result", *kinds], rows),
     )
 
 
