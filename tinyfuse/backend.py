@@ -19,8 +19,10 @@ from tinyfuse.graph.rewrite import rewrite
 from tinyfuse.graph.share import share_common
 from tinyfuse.graph.tidy import batch_counters, bound_masks, drop_dead
 from tinyfuse.report import account
+from tinyfuse.runtime import replay
 
-MODES = (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+NO_REPLAY = "max-autotune-no-cudagraphs"
+MODES = (None, "default", "reduce-overhead", "max-autotune", NO_REPLAY)
 
 
 def backend(
@@ -31,7 +33,8 @@ def backend(
     options: dict[str, Any] | None = None,
     **_: Any,
 ) -> Callable[..., Any]:
-    """Compile a Dynamo graph. ``mode`` takes the names ``torch.compile`` documents; ``options``: none yet.
+    """Compile a Dynamo graph. ``mode`` takes the names ``torch.compile`` documents, of which
+    ``"max-autotune-no-cudagraphs"`` launches every call from Python; ``options``: none yet.
 
     Raises ValueError for an unknown mode or option. Any other failure returns the stock graph, with a warning.
     """
@@ -46,7 +49,8 @@ def backend(
         fallback.record("backend", "autocast is on, so the stock graph runs: load the model in that dtype instead")
         return gm.forward
     try:
-        return compile_graph(gm.graph)
+        on = {x.device.type for x in example_inputs if isinstance(x, torch.Tensor)} & set(replay.DEVICES)
+        return compile_graph(gm.graph, bool(on) and mode != NO_REPLAY)
     except fallback.FallbackError:
         raise
     except Exception as error:
@@ -83,8 +87,9 @@ def _hint_generate() -> None:
         frame = frame.f_back
 
 
-def compile_graph(traced: Graph) -> Callable[..., Any]:
-    """Rewrite a copy of ``traced``, put it into the current report and return what runs it."""
+def compile_graph(traced: Graph, replays: bool = False) -> Callable[..., Any]:
+    """Rewrite a copy of ``traced``, put it into the current report and return what runs it, with ``replays`` through
+    CUDA graphs where it only reads its arguments."""
     graph = Graph()
     copies: dict[Node, Node] = {}
     graph.output(graph.graph_copy(traced, copies))
@@ -95,4 +100,6 @@ def compile_graph(traced: Graph) -> Callable[..., Any]:
     bound_masks(graph)
     drop_dead(graph)
     run, choices = lower(graph)
+    if replays and replay.reads_only(traced):
+        run = replay.Replay(run)
     return account(run, traced, copies, outcome, choices)

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -101,17 +102,19 @@ class CompiledForward:
         if len(names) == len(args) and not kwargs.keys() & set(names):
             args, kwargs = (), dict(zip(names, args, strict=True)) | kwargs
         modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        kind = (*mark_dynamic(kwargs), *modes, self._hooked(), *kwargs)
+        tokens, rows, held = mark_dynamic(kwargs)
+        kind = (tokens, rows, held, *modes, self._hooked(), *kwargs)
         if kind not in self.compiled:
-            self.compiled[kind] = _compile(self.forward, self._backend)
+            self.compiled[kind] = _compile(self.forward, partial(self._backend, bool(held)))
         return self.compiled[kind](*args, **kwargs)
 
-    def _backend(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        from tinyfuse.backend import backend  # every pattern and kernel; not on the way of `import tinyfuse`
+    def _backend(self, grows: bool, gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        """``grows``: the cache does, so that no two calls in a row are of one length."""
+        from tinyfuse.backend import NO_REPLAY, backend  # every pattern and kernel; not on the way of `import tinyfuse`
 
         self.hooks = []  # modules may be others than they were
         with collect(self.report):
-            compiled = backend(gm, example_inputs)
+            compiled = backend(gm, example_inputs, mode=NO_REPLAY if grows else None)
 
         def run(*args: Any) -> Any:
             if getattr(_watch, "intercept", False):

@@ -65,7 +65,7 @@ class Runtime:
 
     @cached_property
     def streams(self):
-        from tinyfuse.runtime.step import CaptureStreams
+        from tinyfuse.runtime.captured import CaptureStreams
 
         return CaptureStreams()
 

@@ -1,0 +1,156 @@
+"""A compiled graph as CUDA graphs, one per kind of arguments: the GPU waits for Python at each kernel of a small model.
+
+For graphs that write none of their arguments. Weights are read where they lie, other arguments are copied in, and
+results are copied out, so that no call changes what an earlier one returned.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph
+from torch.utils._pytree import tree_map_only
+
+from tinyfuse import fallback
+from tinyfuse.graph.nodes import storage, writes
+from tinyfuse.op import metadata
+from tinyfuse.runtime.captured import Captured, CaptureStreams, NotCapturable
+
+DEVICES = ("cuda",)
+MOST = 16  # CUDA graphs of one compiled graph: no later kind of arguments gets one
+MOST_KINDS = 1024  # that are told apart
+MOST_BYTES = 1 << 22  # copied in at each call
+BUSY = 1.5  # times as long as Python takes: then the GPU does not wait for it
+
+
+def reads_only(traced: Graph) -> bool:
+    """Whether no argument of Dynamo's graph is written or returned, as itself or as a view."""
+    arguments = {storage(node) for node in traced.find_nodes(op="placeholder")} - {None}
+    written = [node for writer in traced.nodes for node in writes(writer)]
+    return not arguments & set(map(storage, written + traced.output_node().all_input_nodes))
+
+
+class Replay:
+    """Calls ``run``: the first two times of a kind as it is, then as a CUDA graph if Python was what took long.
+
+    Weights are those arguments that have been the same tensors in all calls so far.
+    """
+
+    def __init__(self, run: Callable[..., Any]):
+        self.run = run
+        self.lock = threading.Lock()
+        self.streams = CaptureStreams()
+        self.weights: dict[int, tuple[weakref.ref[Tensor], int]] | None = None
+        self.kinds: dict[Any, Recorded | int | None] = {}  # graphs; how often seen; None: never to be recorded
+        self.left = MOST
+        self.last: torch.cuda.Stream | None = None
+
+    def __call__(self, *args: Any) -> Any:
+        if not self.left and not self.kinds:
+            return self.run(*args)
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            return self.run(*args)
+        with self.lock:
+            self._find_weights(args)
+            given = {i: arg for i, arg in enumerate(args) if i not in self.weights}
+            kind = metadata(tuple(given.values()))
+            seen = self.kinds.get(kind, 0)
+            if isinstance(seen, Recorded):
+                self._in_order(seen.device)
+                return seen(given)
+            if seen == 1:
+                return self._decide(kind, args, given)
+            if len(self.kinds) < MOST_KINDS:
+                self.kinds.setdefault(kind, 1)
+        return self.run(*args)
+
+    def _find_weights(self, args: Sequence[Any]) -> None:
+        """What was recorded of other tensors, or of other memory, is dropped."""
+        if self.weights is None:
+            self.weights = {i: (weakref.ref(a), a.data_ptr()) for i, a in enumerate(args) if isinstance(a, Tensor)}
+            return
+        for i, (tensor, address) in list(self.weights.items()):
+            if args[i] is not tensor():
+                del self.weights[i]
+            elif args[i].data_ptr() != address:
+                self.weights[i] = tensor, args[i].data_ptr()
+            else:
+                continue
+            self.kinds.clear()
+
+    def _decide(self, kind: Any, args: Sequence[Any], given: dict[int, Any]) -> Any:
+        """The third call of a kind, after which it is recorded or never will be."""
+        self.kinds[kind] = None
+        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        plain = all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
+        copied = sum(arg.nbytes for arg in given.values() if isinstance(arg, Tensor))
+        if not (self.left and plain and len({t.device for t in tensors}) == 1 and copied <= MOST_BYTES):
+            return self.run(*args)
+        outputs, waits = _timed(self.run, args, tensors[0].device)
+        if waits:
+            self.left -= 1
+            try:
+                self.kinds[kind] = self._record(args, given, tensors[0].device)
+            except NotCapturable as error:
+                self.left = 0
+                self.kinds.clear()
+                fallback.note("backend", f"a graph is launched from Python, since it is no CUDA graph: {error}")
+        return outputs
+
+    def _record(self, args: Sequence[Any], given: dict[int, Any], device: torch.device) -> Recorded:
+        self._in_order(device)
+        others = [kind.run for kind in self.kinds.values() if isinstance(kind, Recorded)]
+        stream = self.streams.on(device) if device.type == "cuda" else None
+        return Recorded(self.run, args, given, device, stream, next(iter(others), None))
+
+    def _in_order(self, device: torch.device) -> None:
+        """What follows on the current stream starts after the last such use of the buffers, whatever its stream."""
+        if device.type != "cuda":
+            return
+        stream = torch.cuda.current_stream(device)
+        if self.last is not None and stream != self.last:
+            stream.wait_stream(self.last)
+        self.last = stream
+
+
+class Recorded:
+    """``run`` on buffers in place of the arguments ``given`` by position, and on the others themselves. ``stream``:
+    that it is captured on, None for a device without CUDA graphs; ``like``: a graph whose memory it shares."""
+
+    def __init__(
+        self, run: Callable[..., Any], args: Sequence[Any], given: dict[int, Any], device: torch.device,
+        stream: torch.cuda.Stream | None, like: Captured | None,
+    ):  # fmt: skip
+        self.device = device
+        with torch.inference_mode(False), torch.no_grad():
+            self.buffers = {i: arg.clone() for i, arg in given.items() if isinstance(arg, Tensor)}
+            on_buffers = [self.buffers.get(i, arg) for i, arg in enumerate(args)]
+            self.run: Callable[[], Any] = partial(run, *on_buffers)
+            if stream is not None:
+                self.run = Captured(self.run, [], stream, like)
+
+    def __call__(self, given: dict[int, Any]) -> Any:
+        if self.buffers:
+            torch._foreach_copy_(list(self.buffers.values()), [given[i] for i in self.buffers])
+        return tree_map_only(Tensor, torch.clone, self.run())
+
+
+def _timed(run: Callable[..., Any], args: Sequence[Any], device: torch.device) -> tuple[Any, bool]:
+    """What ``run`` returns, and whether the GPU waits for Python meanwhile."""
+    if device.type != "cuda":
+        return run(*args), True
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    began = time.perf_counter()
+    start.record()
+    outputs = run(*args)
+    end.record()
+    host = time.perf_counter() - began
+    end.synchronize()
+    return outputs, start.elapsed_time(end) * 1e-3 < BUSY * host
