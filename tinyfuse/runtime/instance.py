@@ -43,7 +43,7 @@ class Runtime:
 
     @cached_property
     def compiled(self) -> CompiledForward:
-        return CompiledForward(self.model, self.stock("forward"), self.report)
+        return CompiledForward(self.model, self.stock("forward"), self.report, self.fall_back)
 
     @cached_property
     def recordings(self):
