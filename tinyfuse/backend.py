@@ -120,7 +120,7 @@ def _hint_generate() -> None:
 
 def compile_graph(traced: Graph, replays: bool = False) -> Callable[..., Any]:
     """Rewrite a copy of ``traced``, put it into the current report and return what runs it, with ``replays`` through
-    CUDA graphs where it only reads its arguments."""
+    CUDA graphs."""
     graph = Graph()
     copies: dict[Node, Node] = {}
     graph.output(graph.graph_copy(traced, copies))
@@ -131,6 +131,6 @@ def compile_graph(traced: Graph, replays: bool = False) -> Callable[..., Any]:
     bound_masks(graph)
     drop_dead(graph)
     run, choices = lower(graph)
-    if replays and replay.reads_only(traced):
-        run = replay.Replay(run)
+    if replays and (written := replay.written(traced)) is not None:
+        run = replay.Replay(run, written)
     return account(run, traced, copies, outcome, choices)

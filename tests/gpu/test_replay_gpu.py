@@ -1,4 +1,4 @@
-"""Forwards that only read their arguments as CUDA graphs: equal to eager code, safe, and gone when they are dropped."""
+"""Forwards as CUDA graphs: equal to eager code, safe, and gone when they are dropped."""
 
 import copy
 import gc
@@ -6,9 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, CompileConfig, LlamaConfig, LlamaForCausalLM
 
 from tests.tolerance import LOGITS, error
+from tests.zoo import encoders
 from tinyfuse import fallback
 from tinyfuse.api import optimize, restore
 from tinyfuse.runtime import replay
@@ -86,6 +87,7 @@ def test_threads_on_streams_of_their_own(made):
 def test_memory_returns_with_restore(made):
     model = bert()
     model(**inputs(12))
+    gc.collect()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     fast = optimize(model)
@@ -100,7 +102,7 @@ def test_memory_returns_with_restore(made):
 
 @torch.no_grad()
 def test_what_waits_for_the_device_is_launched_from_python(made):
-    calls = Replay(lambda x: (x * x.sum().item(),))
+    calls = Replay(lambda x: (x * x.sum().item(),), set())
     before = sum(count for (where, _), count in fallback.seen.items() if where == "backend")
     for _ in range(5):
         x = torch.randn(4, device="cuda")
@@ -111,13 +113,39 @@ def test_what_waits_for_the_device_is_launched_from_python(made):
 
 @torch.no_grad()
 def test_a_busy_gpu_needs_no_graph(made, monkeypatch):
-    calls = Replay(lambda x, w: (x @ w @ w @ w @ w @ w @ w,))
+    calls = Replay(lambda x, w: (x @ w @ w @ w @ w @ w @ w,), set())
     x, w = torch.randn(512, 8192, device="cuda"), torch.randn(8192, 8192, device="cuda")
     for _ in range(5):
         calls(x + 1, w)
     assert not made and calls.left == MOST
     monkeypatch.setattr(replay, "MOST_BYTES", 1 << 30)
-    calls = Replay(lambda x, w: (x @ w,))
+    calls = Replay(lambda x, w: (x @ w,), set())
     for _ in range(4):
         calls(torch.randn(1, 8192, device="cuda"), w)
     assert len(made) == 1
+
+
+@pytest.mark.parametrize("name", ["t5:Seq2SeqLM", "bart:Seq2SeqLM", "whisper:SpeechSeq2Seq"])
+def test_steps_on_a_static_cache(made, name):
+    model = encoders.make(name).cuda()
+    fast = optimize(copy.deepcopy(model))
+    for padding in (0, encoders.PADDING, 0):
+        given = {n: v for n, v in encoders.inputs(model, padding).items() if n != "decoder_input_ids"}
+        settings = {"max_new_tokens": 30, "min_new_tokens": 30, "do_sample": False}
+        expected = model.generate(**given, **settings)
+        assert torch.equal(expected, fast.generate(**given, **settings, cache_implementation="static"))
+    assert any(graph.replays > 20 for graph in made)
+
+
+def test_a_compile_config_that_names_the_backend(made):
+    torch.manual_seed(0)
+    size = {**SIZE, "num_key_value_heads": 2, "max_position_embeddings": 256}
+    model = LlamaForCausalLM(LlamaConfig(**size)).eval().cuda()
+    ids = inputs(9)["input_ids"]
+    settings = {"max_new_tokens": 30, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    expected = model.generate(ids, **settings)
+    for _ in range(2):
+        config = CompileConfig(backend="tinyfuse", mode=None)
+        made_now = model.generate(ids, **settings, cache_implementation="static", compile_config=config)
+        assert torch.equal(expected, made_now)
+    assert any(graph.replays > 20 for graph in made)

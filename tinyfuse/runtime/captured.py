@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -11,6 +12,12 @@ import torch
 from torch import Tensor
 
 WARM_UPS = 3
+_making = threading.local()
+
+
+def making() -> bool:
+    """Whether this thread is making a CUDA graph, or running first what it will hold."""
+    return getattr(_making, "on", False) or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
 
 
 class CaptureStreams:
@@ -58,21 +65,25 @@ class Captured:
         device = stream.device
         random = torch.cuda.default_generators[device.index]
         drawn = random.get_offset()
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UPS):
-                run()
-                for tensor, value in zip(state, held, strict=True):
-                    tensor.copy_(value)
-        torch.cuda.current_stream(device).wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         self.pool = like.pool if like is not None else torch.cuda.graph_pool_handle()
-        torch.cuda.synchronize(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        _making.on = True
         try:
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UPS):
+                    try:
+                        run()
+                    finally:
+                        for tensor, value in zip(state, held, strict=True):
+                            tensor.copy_(value)
+            torch.cuda.current_stream(device).wait_stream(stream)
+            torch.cuda.synchronize(device)
             with torch.cuda.stream(stream), _own_workspaces():
                 torch.cuda.empty_cache()
                 self._capture(run, device)
         finally:
+            _making.on = False
             random.set_offset(drawn)
 
     def _capture(self, run: Callable[[], Any], device: torch.device) -> None:

@@ -1,7 +1,7 @@
 """A compiled graph as CUDA graphs, one per kind of arguments: the GPU waits for Python at each kernel of a small model.
 
-For graphs that write none of their arguments. Weights are read where they lie, other arguments are copied in, and
-results are copied out, so that no call changes what an earlier one returned.
+Weights and caches are read and written where they lie, other arguments are copied in, and results are copied out, so
+that no call changes what an earlier one returned.
 """
 
 from __future__ import annotations
@@ -21,30 +21,33 @@ from torch.utils._pytree import tree_map_only
 from tinyfuse import fallback
 from tinyfuse.graph.nodes import storage, writes
 from tinyfuse.op import metadata
-from tinyfuse.runtime.captured import Captured, CaptureStreams, NotCapturable
+from tinyfuse.runtime.captured import Captured, CaptureStreams, NotCapturable, making
 
 DEVICES = ("cuda",)
-MOST = 16  # CUDA graphs of one compiled graph: no later kind of arguments gets one
+MOST = 16  # CUDA graphs of one compiled graph, those that have paid for themselves not counted
+PAID = 16  # replays that save what the recording took
 MOST_KINDS = 1024  # that are told apart
 MOST_BYTES = 1 << 22  # copied in at each call
 BUSY = 1.5  # times as long as Python takes: then the GPU does not wait for it
 
 
-def reads_only(traced: Graph) -> bool:
-    """Whether no argument of Dynamo's graph is written or returned, as itself or as a view."""
-    arguments = {storage(node) for node in traced.find_nodes(op="placeholder")} - {None}
-    written = [node for writer in traced.nodes for node in writes(writer)]
-    return not arguments & set(map(storage, written + traced.output_node().all_input_nodes))
+def written(traced: Graph) -> set[int] | None:
+    """Which arguments of Dynamo's graph it writes; None if it returns one, as itself or as a view."""
+    arguments = [storage(node) for node in traced.find_nodes(op="placeholder")]
+    returned = set(map(storage, traced.output_node().all_input_nodes)) - {None}
+    changed = {storage(node) for writer in traced.nodes for node in writes(writer)} - {None}
+    return None if returned & set(arguments) else {i for i, memory in enumerate(arguments) if memory in changed}
 
 
 class Replay:
     """Calls ``run``: the first two times of a kind as it is, then as a CUDA graph if Python was what took long.
 
-    Weights are those arguments that have been the same tensors in all calls so far.
+    Weights are the arguments ``written``, caches that is, and those that have been the same tensors in all calls so
+    far.
     """
 
-    def __init__(self, run: Callable[..., Any]):
-        self.run = run
+    def __init__(self, run: Callable[..., Any], written: set[int]):
+        self.run, self.written = run, written
         self.lock = threading.Lock()
         self.streams = CaptureStreams()
         self.weights: dict[int, tuple[weakref.ref[Tensor], int]] | None = None
@@ -55,7 +58,7 @@ class Replay:
     def __call__(self, *args: Any) -> Any:
         if not self.left and not self.kinds:
             return self.run(*args)
-        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        if making():
             return self.run(*args)
         with self.lock:
             self._find_weights(args)
@@ -77,12 +80,14 @@ class Replay:
             self.weights = {i: (weakref.ref(a), a.data_ptr()) for i, a in enumerate(args) if isinstance(a, Tensor)}
             return
         for i, (tensor, address) in list(self.weights.items()):
-            if args[i] is not tensor():
-                del self.weights[i]
-            elif args[i].data_ptr() != address:
-                self.weights[i] = tensor, args[i].data_ptr()
-            else:
+            same = args[i] is tensor()
+            if same and args[i].data_ptr() == address:
                 continue
+            if same or i in self.written:
+                self.weights[i] = weakref.ref(args[i]), args[i].data_ptr()
+            else:
+                del self.weights[i]
+            self.left += sum(isinstance(kind, Recorded) and kind.replays >= PAID for kind in self.kinds.values())
             self.kinds.clear()
 
     def _decide(self, kind: Any, args: Sequence[Any], given: dict[int, Any]) -> Any:
@@ -98,6 +103,8 @@ class Replay:
             self.left -= 1
             try:
                 self.kinds[kind] = self._record(args, given, tensors[0].device)
+            except torch.OutOfMemoryError:  # of a copy of the caches, in most cases
+                return outputs
             except NotCapturable as error:
                 self.left = 0
                 self.kinds.clear()
@@ -108,7 +115,8 @@ class Replay:
         self._in_order(device)
         others = [kind.run for kind in self.kinds.values() if isinstance(kind, Recorded)]
         stream = self.streams.on(device) if device.type == "cuda" else None
-        return Recorded(self.run, args, given, device, stream, next(iter(others), None))
+        state = [args[i] for i in sorted(self.written)]
+        return Recorded(self.run, args, given, state, device, stream, next(iter(others), None))
 
     def _in_order(self, device: torch.device) -> None:
         """What follows on the current stream starts after the last such use of the buffers, whatever its stream."""
@@ -121,22 +129,24 @@ class Replay:
 
 
 class Recorded:
-    """``run`` on buffers in place of the arguments ``given`` by position, and on the others themselves. ``stream``:
-    that it is captured on, None for a device without CUDA graphs; ``like``: a graph whose memory it shares."""
+    """``run`` on buffers in place of the arguments ``given`` by position, and on the others themselves. ``state``:
+    what it writes; ``stream``: that it is captured on, None for a device without CUDA graphs; ``like``: a graph whose
+    memory it shares."""
 
     def __init__(
-        self, run: Callable[..., Any], args: Sequence[Any], given: dict[int, Any], device: torch.device,
-        stream: torch.cuda.Stream | None, like: Captured | None,
+        self, run: Callable[..., Any], args: Sequence[Any], given: dict[int, Any], state: list[Tensor],
+        device: torch.device, stream: torch.cuda.Stream | None, like: Captured | None,
     ):  # fmt: skip
-        self.device = device
+        self.device, self.replays = device, 0
         with torch.inference_mode(False), torch.no_grad():
             self.buffers = {i: arg.clone() for i, arg in given.items() if isinstance(arg, Tensor)}
             on_buffers = [self.buffers.get(i, arg) for i, arg in enumerate(args)]
             self.run: Callable[[], Any] = partial(run, *on_buffers)
             if stream is not None:
-                self.run = Captured(self.run, [], stream, like)
+                self.run = Captured(self.run, state, stream, like)
 
     def __call__(self, given: dict[int, Any]) -> Any:
+        self.replays += 1
         if self.buffers:
             torch._foreach_copy_(list(self.buffers.values()), [given[i] for i in self.buffers])
         return tree_map_only(Tensor, torch.clone, self.run())
