@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import Graph
 from torch.utils._pytree import tree_map_only
 
@@ -42,8 +42,8 @@ def written(traced: Graph) -> set[int] | None:
 class Replay:
     """Calls ``run``: the first two times of a kind as it is, then as a CUDA graph if Python was what took long.
 
-    Weights are the arguments ``written``, caches that is, and those that have been the same tensors in all calls so
-    far.
+    Weights are the arguments ``written`` and those that have been the same tensors from call to call, but for calls
+    after which others were, such as the caches of the next prompt.
     """
 
     def __init__(self, run: Callable[..., Any], written: set[int]):
@@ -53,6 +53,7 @@ class Replay:
         self.weights: dict[int, tuple[weakref.ref[Tensor], int]] | None = None
         self.kinds: dict[Any, Recorded | int | None] = {}  # graphs; how often seen; None: never to be recorded
         self.left = MOST
+        self.calm = 0  # calls since a weight was another tensor
         self.last: torch.cuda.Stream | None = None
 
     def __call__(self, *args: Any) -> Any:
@@ -79,37 +80,49 @@ class Replay:
         if self.weights is None:
             self.weights = {i: (weakref.ref(a), a.data_ptr()) for i, a in enumerate(args) if isinstance(a, Tensor)}
             return
-        for i, (tensor, address) in list(self.weights.items()):
-            same = args[i] is tensor()
-            if same and args[i].data_ptr() == address:
-                continue
-            if same or i in self.written:
+        known = self.weights.items()
+        changed = [i for i, (ref, address) in known if args[i] is not ref() or args[i].data_ptr() != address]
+        for i in changed:
+            ref, _ = self.weights.pop(i)
+            if args[i] is ref() or i in self.written or self.calm >= 2:
                 self.weights[i] = weakref.ref(args[i]), args[i].data_ptr()
-            else:
-                del self.weights[i]
+        if changed:
             self.left += sum(isinstance(kind, Recorded) and kind.replays >= PAID for kind in self.kinds.values())
             self.kinds.clear()
+        self.calm = 0 if changed else self.calm + 1
 
     def _decide(self, kind: Any, args: Sequence[Any], given: dict[int, Any]) -> Any:
         """The third call of a kind, after which it is recorded or never will be."""
         self.kinds[kind] = None
-        tensors = [arg for arg in args if isinstance(arg, Tensor)]
-        plain = all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
-        copied = sum(arg.nbytes for arg in given.values() if isinstance(arg, Tensor))
-        if not (self.left and plain and len({t.device for t in tensors}) == 1 and copied <= MOST_BYTES):
+        if reason := self._unfit(args, given):
+            fallback.note("backend", f"a graph is launched from Python: {reason}")
             return self.run(*args)
-        outputs, waits = _timed(self.run, args, tensors[0].device)
+        device = next(arg.device for arg in args if isinstance(arg, Tensor))
+        outputs, waits = _timed(self.run, args, device)
         if waits:
             self.left -= 1
             try:
-                self.kinds[kind] = self._record(args, given, tensors[0].device)
-            except torch.OutOfMemoryError:  # of a copy of the caches, in most cases
-                return outputs
+                self.kinds[kind] = self._record(args, given, device)
+            except torch.OutOfMemoryError as error:  # of a copy of the caches, in most cases
+                fallback.note("backend", f"a graph is launched from Python: {error}")
             except NotCapturable as error:
                 self.left = 0
                 self.kinds.clear()
                 fallback.note("backend", f"a graph is launched from Python, since it is no CUDA graph: {error}")
         return outputs
+
+    def _unfit(self, args: Sequence[Any], given: dict[int, Any]) -> str | None:
+        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        kinds = {type(tensor).__name__ for tensor in tensors} - {"Tensor", "Parameter"}
+        devices = sorted({str(tensor.device) for tensor in tensors})
+        copied = sum(arg.nbytes for arg in given.values() if isinstance(arg, Tensor))
+        if kinds:
+            return f"its arguments include a {kinds.pop()}"
+        if len(devices) != 1:
+            return f"its arguments are on {' and '.join(devices)}"
+        if copied > MOST_BYTES:
+            return f"{copied} bytes of its arguments are new at each call, more than {MOST_BYTES}"
+        return None if self.left else f"it has {MOST} CUDA graphs for other kinds of arguments"
 
     def _record(self, args: Sequence[Any], given: dict[int, Any], device: torch.device) -> Recorded:
         self._in_order(device)
