@@ -20,6 +20,7 @@ from tinyfuse.bench import models
 from tinyfuse.graph.library import all_patterns
 from tinyfuse.graph.pattern import call, tensor
 from tinyfuse.report import report_of
+from tinyfuse.runtime import encoder_decoder, replay
 
 
 def test_sample() -> None:
@@ -87,3 +88,53 @@ def test_bench_of_an_encoder(tmp_path: Path, monkeypatch, capsys: pytest.Capture
     assert eager["input"] == [2, 6] and len(int8["values"]["batch_ms"]) == 2
     assert int8["agrees"] and int8["distance"] > 0 and int8["fused"]["linear"]["fused"] == 7
     assert "tinyfuse-int8 fused: linear 7 of 7" in capsys.readouterr().out
+
+
+@pytest.fixture
+def on_static_caches(monkeypatch):
+    """As on a GPU, but for the CUDA graphs."""
+    for module in (replay, encoder_decoder):
+        monkeypatch.setattr(module, "DEVICES", ("cpu",))
+    made = []
+    init = replay.Replay.__init__
+    monkeypatch.setattr(replay.Replay, "__init__", lambda self, *args: (init(self, *args), made.append(self))[0])
+    return made
+
+
+@pytest.mark.parametrize("name", ["t5:Seq2SeqLM", "bart:Seq2SeqLM", "whisper:SpeechSeq2Seq"])
+def test_generate_on_static_caches(on_static_caches, name):
+    """Prompts one after the other, of other lengths, padded, sampled, with what only growing caches serve in between:
+    two graphs for all, and steps that are replayed from prompt to prompt."""
+    model = encoders.make(name)
+    fast = optimize(copy.deepcopy(model))
+    settings = {"max_new_tokens": 30, "min_new_tokens": 30}
+    for padding, length, more in (
+        (0, 12, {}),
+        (encoders.PADDING, 12, {}),
+        (0, 17, {}),
+        (0, 12, {"num_beams": 3}),
+        (0, 12, {"do_sample": True, "top_k": 20}),
+        (0, 12, {"return_dict_in_generate": True}),
+        (0, 12, {}),
+    ):
+        given = {n: v for n, v in encoders.inputs(model, padding, length).items() if n != "decoder_input_ids"}
+        results = []
+        for one in (model, fast):
+            torch.manual_seed(0)
+            result = one.generate(**given, **{"do_sample": False} | settings | more)
+            results.append(getattr(result, "sequences", result))
+        assert torch.equal(*results), more
+    steps = [kind for calls in on_static_caches for kind in calls.kinds.values() if isinstance(kind, replay.Recorded)]
+    assert max(step.replays for step in steps) > 20
+    assert len(fast._tinyfuse.caches.kept) == (1 if "whisper" in name else 2)
+
+
+def test_a_cache_of_another_kind_is_asked_for(on_static_caches):
+    """What ``return_dict_in_generate`` returns holds the cache that stock's holds."""
+    model = encoders.make("t5:Seq2SeqLM")
+    fast = optimize(copy.deepcopy(model))
+    given = {n: v for n, v in encoders.inputs(model, 0).items() if n != "decoder_input_ids"}
+    made = fast.generate(**given, max_new_tokens=4, return_dict_in_generate=True).past_key_values
+    expected = model.generate(**given, max_new_tokens=4, return_dict_in_generate=True).past_key_values
+    assert type(made.self_attention_cache) is type(expected.self_attention_cache)
+    assert made.get_seq_length() == expected.get_seq_length()

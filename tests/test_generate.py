@@ -505,6 +505,16 @@ def test_weights_changed_in_place_and_replaced(llama):
     pair.same(**ONE)
 
 
+@pytest.mark.parametrize("asked", ["output_hidden_states", "output_attentions"])
+def test_a_call_that_asked_for_more_leaves_no_trace(asked):
+    pair = Pair(LlamaConfig(**SIZE))
+    with torch.no_grad():
+        pair.fast(**ONE, **{asked: True})
+    del pair.fallbacks[:]
+    pair.same(**ONE)
+    assert pair.fallbacks == []
+
+
 def test_hooks_see_every_token(covered):
     seen = []
     handle = covered.fast.register_forward_hook(lambda *_: seen.append(1))

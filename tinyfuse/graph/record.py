@@ -161,6 +161,11 @@ def _declared_to_write(func: Any, name: str) -> bool:
     return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
 
 
+def _version(tensor: Tensor) -> int | None:
+    """How often it was written; what inference mode made does not count."""
+    return None if tensor.is_inference() else tensor._version
+
+
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
     """What ``F.linear`` gives, in a tenth of the time that symbolic shapes take through its decomposition."""
     fits = isinstance(x.shape[-1], int) and weight.dim() == 2 and weight.shape[1] == x.shape[-1]
@@ -268,11 +273,11 @@ class _Recorder(TorchFunctionMode):
             self._append(func, name, args, kwargs, result, tree_leaves(result))
             return result
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        before = [tensor._version for tensor in given]
+        before = list(map(_version, given))
         result = _linear(*args) if func is F.linear and not kwargs else None
         result = func(*args, **kwargs) if result is None else result
         tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        changes = before != [tensor._version for tensor in given] or _declared_to_write(func, name)
+        changes = before != list(map(_version, given)) or _declared_to_write(func, name)
         passed_on = args[0] if args else None  # as by a conversion to the dtype that it has
         if changes or any(tensor is not passed_on for tensor in tensors):
             self._append(func, name, args, kwargs, result, tensors)

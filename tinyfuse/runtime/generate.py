@@ -21,6 +21,7 @@ from transformers.generation.configuration_utils import GenerationConfig, Genera
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerationMixin
 
+from tinyfuse.runtime import encoder_decoder
 from tinyfuse.runtime.cache import Slot
 from tinyfuse.runtime.prompt import prefill
 from tinyfuse.runtime.step import Inputs, NotAdvanceable, Step, block_rows, kind
@@ -36,23 +37,27 @@ def generate(runtime, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     Raises ValueError for a prompt without sequences or without tokens.
     """
     model, stock = runtime.model, runtime.stock("generate")
-    if reason := model_reason(model):
-        runtime.fall_back(reason)
-        return stock(*args, **kwargs)
     call = inspect.signature(stock).bind(*args, **kwargs).arguments
     call |= call.pop("kwargs", {})
-    _check_prompt(call)
-    if reason := call_reason(model, call):
-        runtime.fall_back(reason, asked=True)
-        if call.get("cache_implementation") is not None and call.get("compile_config") is None:
-            call["disable_compile"] = True  # transformers would compile the compiled forward once more
-        return stock(**call)
+    if call.get("cache_implementation") is not None and call.get("compile_config") is None:
+        call["disable_compile"] = True  # transformers would compile the compiled forward once more
     streamer = call.get("streamer")
+    if reason := model_reason(model):
+        runtime.fall_back(reason)
+        encodes = isinstance(model, GenerationMixin) and model.config.is_encoder_decoder
+        if not encodes or encoder_decoder.unfit(model, call) or call_reason(model, call):
+            return stock(**call)
+        loop = encoder_decoder.loop(runtime, streamer)
+    else:
+        _check_prompt(call)
+        if reason := call_reason(model, call):
+            runtime.fall_back(reason, asked=True)
+            return stock(**call)
 
-    def loop(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
-        return generate_tokens(
-            runtime, input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs
-        )
+        def loop(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
+            return generate_tokens(
+                runtime, input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs
+            )
 
     with runtime.lock:
         if runtime.depth:

@@ -64,6 +64,12 @@ class Runtime:
         return CachePool(self.model, self.stock("forward"))
 
     @cached_property
+    def caches(self):
+        from tinyfuse.runtime.encoder_decoder import Caches
+
+        return Caches()
+
+    @cached_property
     def streams(self):
         from tinyfuse.runtime.captured import CaptureStreams
 
@@ -73,7 +79,7 @@ class Runtime:
         """Drop graphs and caches; the next use makes them anew."""
         if "streams" in self.__dict__:
             self.streams.release()
-        for name in ("compiled", "recordings", "report", "pool", "last"):
+        for name in ("compiled", "recordings", "report", "pool", "caches", "last"):
             self.__dict__.pop(name, None)
 
     def fall_back(self, reason: str, asked: bool = False) -> None:

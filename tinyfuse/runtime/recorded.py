@@ -26,6 +26,8 @@ from tinyfuse.runtime.window import WindowLayer
 
 MOST = 4  # recordings of one kind, which differ in what the code decided by sizes
 CACHE = "past_key_values"
+# Hooks of this module stay after a call that asked for hidden states, and do nothing in others.
+CAPTURES = "transformers.utils.output_capturing"
 STATE = ("keys", "values", "cumulative_length")
 PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 # nn.Module's own containers that do not bear on its forward: there are many.
@@ -189,7 +191,10 @@ class Recordings:
 
         if known >= MOST:
             raise Declined(f"the sizes of its inputs lead the model's code more than {MOST} ways")
-        if any(module._forward_hooks or module._forward_pre_hooks for module in self.model.modules()):
+        hooks = [
+            hook for m in self.model.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())
+        ]
+        if any(getattr(hook, "__module__", None) != CAPTURES for hook in hooks):
             raise Declined("a module has forward hooks")
         kinds: list[type[ModelOutput]] = []
 

@@ -28,6 +28,7 @@ MOST = 16  # CUDA graphs of one compiled graph, those that have paid for themsel
 PAID = 16  # replays that save what the recording took
 MOST_KINDS = 1024  # that are told apart
 MOST_BYTES = 1 << 22  # copied in at each call
+SMALL = 1 << 16  # bytes that are sooner copied than recorded anew
 BUSY = 1.5  # times as long as Python takes: then the GPU does not wait for it
 
 
@@ -42,8 +43,8 @@ def written(traced: Graph) -> set[int] | None:
 class Replay:
     """Calls ``run``: the first two times of a kind as it is, then as a CUDA graph if Python was what took long.
 
-    Weights are the arguments ``written`` and those that have been the same tensors from call to call, but for calls
-    after which others were, such as the caches of the next prompt.
+    Weights are the arguments ``written`` and those that are the same tensors from call to call, large ones also if
+    others come in their place now and then, as the keys and values of the next prompt do.
     """
 
     def __init__(self, run: Callable[..., Any], written: set[int]):
@@ -84,7 +85,7 @@ class Replay:
         changed = [i for i, (ref, address) in known if args[i] is not ref() or args[i].data_ptr() != address]
         for i in changed:
             ref, _ = self.weights.pop(i)
-            if args[i] is ref() or i in self.written or self.calm >= 2:
+            if args[i] is ref() or i in self.written or (self.calm >= 2 and args[i].nbytes > SMALL):
                 self.weights[i] = weakref.ref(args[i]), args[i].data_ptr()
         if changed:
             self.left += sum(isinstance(kind, Recorded) and kind.replays >= PAID for kind in self.kinds.values())
