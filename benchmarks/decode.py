@@ -175,6 +175,7 @@ def measured(case: Case, torchao: bool, repeats: int) -> dict[str, Any]:
                 samples[name].first, samples[name].full))), 2),
         }  # fmt: skip
         if name in BOTH:
+            rows[name]["fallbacks"] = each.model._tinyfuse.fallbacks
             table = breakdown(kernels(each.run, prompts[0]))
             context = case.prompt + PROFILED / 2
             rows[name] |= {
@@ -197,6 +198,7 @@ def show(name: str, result: dict[str, Any]) -> None:
         line += f"  {row['share_of_bandwidth']:.0%} of bandwidth  first token {row['ttft_ms']} ms"
         if "kernels" in row:
             line += f"  {row['launches_per_layer']} launches/layer  first call {row['first_call_s']} s"
+            line += "".join(f"\n     {reason}" for reason in row["fallbacks"])
             line += f"\n     linears {row['linears']}, attention {row['attention']}, step {row['step_us']} us"
             for kernel in row["kernels"][:14]:
                 line += f"\n     {kernel['kernel'][:44]:44} {kernel['launches']:5.0f} launches {kernel['us']:8.1f} us"

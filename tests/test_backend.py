@@ -74,7 +74,7 @@ def test_compile_config_reaches_the_backend(llama, monkeypatch) -> None:
     stock = model.generate(**inputs, **kwargs, disable_compile=True)
     graphs = []
     compile_graph = backend_module.compile_graph
-    monkeypatch.setattr(backend_module, "compile_graph", lambda gm: graphs.append(gm) or compile_graph(gm))
+    monkeypatch.setattr(backend_module, "compile_graph", lambda *args: graphs.append(args) or compile_graph(*args))
     config = CompileConfig(backend="tinyfuse")
     config._compile_all_devices = True
     assert torch.equal(model.generate(**inputs, **kwargs, compile_config=config), stock)
@@ -141,7 +141,7 @@ def test_error_mode_raises_instead_of_falling_back(llama, monkeypatch) -> None:
 def test_disabled_by_the_environment(llama, monkeypatch) -> None:
     model, inputs = llama
     monkeypatch.setenv("TINYFUSE_DISABLE", "1")
-    monkeypatch.setattr(backend_module, "compile_graph", lambda gm: 1 / 0)
+    monkeypatch.setattr(backend_module, "compile_graph", lambda *_: 1 / 0)
     assert_forward_equals(torch.compile(model, backend="tinyfuse"), model, inputs)
 
 

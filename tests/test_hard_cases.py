@@ -133,6 +133,55 @@ def test_a_model_that_breaks_the_graph(pair):
     assert pair[0].model.layers[0].mlp.calls == pair[1].model.layers[0].mlp.calls
 
 
+class Cache:
+    def __init__(self):
+        self.held = torch.zeros(4)
+
+    def mean(self):
+        return 0
+
+
+class Binding(nn.Module):
+    """Gives its cache a method, as some models do."""
+
+    def __init__(self, method, breaks):
+        super().__init__()
+        self.inner, self.method, self.breaks = nn.Linear(4, 4), method, breaks
+
+    def forward(self, x, cache):
+        cache.held += self.inner(x)
+        if self.breaks:
+            torch._dynamo.graph_break()
+        cache.mean = self.method.__get__(cache)
+        return self.inner(cache.held)
+
+
+def mean(self):
+    return self.held.mean().item()
+
+
+def average(self):
+    return mean(self)
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+@pytest.mark.parametrize("method", [mean, average, Cache.mean], ids=["another", "by another name", "its own"])
+@pytest.mark.parametrize("way", ["optimize", "compile"])
+@torch.no_grad()
+def test_a_model_that_gives_its_cache_a_method(way, method, breaks):
+    torch._dynamo.reset()  # it never looks again at code that it was told to skip
+    stock = Binding(method, breaks).eval()
+    fast = copy.deepcopy(stock)
+    fast = optimize(fast) if way == "optimize" else torch.compile(fast, backend="tinyfuse")
+    caches = Cache(), Cache()
+    for x in torch.randn(3, 4):
+        mine, theirs = (model(x, cache) for model, cache in zip((fast, stock), caches, strict=True))
+        torch.testing.assert_close(mine, theirs)
+        assert caches[0].mean() == pytest.approx(caches[1].mean())
+    if way == "optimize" and torch.__version__ >= (2, 13):  # before, Dynamo left such code alone
+        assert ["types.MethodType" in reason for reason in fast._tinyfuse.fallbacks] == [True] * (method != Cache.mean)
+
+
 @torch.library.custom_op("hard_cases::norm", mutates_args={"out"})
 def norm_into(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> None:
     out.copy_(1.25 * F.rms_norm(x, weight.shape, weight, eps))  # not what the module computes: nobody may pass it by

@@ -8,7 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch._dynamo import symbolic_convert
 from torch._dynamo.eval_frame import OptimizedModule
+from torch._dynamo.exc import SkipFrame
+from torch._dynamo.source import AttrSource
+from torch._dynamo.variables import UserDefinedObjectVariable, UserMethodVariable
 from torch.fx import Graph, GraphModule, Node
 
 from tinyfuse import fallback
@@ -20,8 +24,10 @@ from tinyfuse.graph.rewrite import rewrite
 from tinyfuse.graph.share import share_common
 from tinyfuse.graph.tidy import batch_counters, bound_masks, drop_dead
 from tinyfuse.report import account
+from tinyfuse.runtime import replay
 
-MODES = (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+NO_REPLAY = "max-autotune-no-cudagraphs"
+MODES = (None, "default", "reduce-overhead", "max-autotune", NO_REPLAY)
 
 
 def backend(
@@ -32,14 +38,19 @@ def backend(
     options: dict[str, Any] | None = None,
     **_: Any,
 ) -> Callable[..., Any]:
-    """Compile a Dynamo graph. ``mode`` takes the names ``torch.compile`` documents; ``options``: none yet.
+    """Compile a Dynamo graph. ``mode`` takes the names ``torch.compile`` documents, of which
+    ``"max-autotune-no-cudagraphs"`` launches every call from Python; ``options``: none yet.
 
-    Raises ValueError for an unknown mode or option. Any other failure returns the stock graph, with a warning.
+    Raises ValueError for an unknown mode or option, and SkipFrame, upon which Dynamo runs the code as it is, where
+    :func:`lost_method` has a reason. Any other failure returns the stock graph, with a warning.
     """
     _check(mode, options or {})
     _hint_generate()
     if os.environ.get("TINYFUSE_DISABLE") == "1":
         return gm.forward
+    if reason := lost_method():
+        fallback.record("backend", reason)
+        raise SkipFrame(reason)
     if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs):
         fallback.record("backend", "gradients are needed, so the stock graph runs: call it under torch.no_grad()")
         return gm.forward
@@ -47,12 +58,36 @@ def backend(
         fallback.record("backend", "autocast is on, so the stock graph runs: load the model in that dtype instead")
         return gm.forward
     try:
-        return compile_graph(gm.graph)
+        on = {x.device.type for x in example_inputs if isinstance(x, torch.Tensor)} & set(replay.DEVICES)
+        return compile_graph(gm.graph, bool(on) and mode != NO_REPLAY)
     except fallback.FallbackError:
         raise
     except Exception as error:
         fallback.record("backend", f"compilation failed, the stock graph runs: {type(error).__name__}: {error}", error)
         return gm.forward
+
+
+def lost_method() -> str | None:
+    """Why the code that Dynamo compiles now has to run as it is: it sets an attribute to ``function.__get__(object)``.
+
+    Dynamo (torch 2.13) takes that for the attribute of ``object`` with the function's name. After the graph has run it
+    would fail for want of one, or set another method without a word.
+    """
+    tracer = getattr(symbolic_convert.tls, "current_tx", None)
+    changed = tracer.output.side_effects.store_attr_mutations.values() if tracer is not None else ()
+    for name, value in (item for attributes in changed for item in attributes.items()):
+        # isinstance of a lazy variable would build it, with guards.
+        if type(value) is not UserMethodVariable or not isinstance(value.source, AttrSource):
+            continue
+        if not isinstance(value.obj, UserDefinedObjectVariable):
+            continue
+        cls = type(value.obj.value)
+        if getattr(cls, value.source.member, None) is not value.fn:
+            return (
+                f"the model's code sets {name} to {value.fn.__name__}.__get__ of a {cls.__name__}, which Dynamo would "
+                "lose, so that code runs eagerly: a newer version may do without, or put types.MethodType in its place"
+            )
+    return None
 
 
 def _autocasts(graph: Graph) -> bool:
@@ -84,8 +119,9 @@ def _hint_generate() -> None:
         frame = frame.f_back
 
 
-def compile_graph(traced: Graph) -> Callable[..., Any]:
-    """Rewrite a copy of ``traced``, put it into the current report and return what runs it."""
+def compile_graph(traced: Graph, replays: bool = False) -> Callable[..., Any]:
+    """Rewrite a copy of ``traced``, put it into the current report and return what runs it, with ``replays`` through
+    CUDA graphs."""
     graph = Graph()
     copies: dict[Node, Node] = {}
     graph.output(graph.graph_copy(traced, copies))
@@ -96,4 +132,6 @@ def compile_graph(traced: Graph) -> Callable[..., Any]:
     bound_masks(graph)
     drop_dead(graph)
     run, choices = lower(graph)
+    if replays and (written := replay.written(traced)) is not None:
+        run = replay.Replay(run, written)
     return account(run, traced, copies, outcome, choices)

@@ -13,7 +13,8 @@ from transformers.generation.streamers import BaseStreamer
 from tinyfuse import choices
 from tinyfuse.api import optimize, restore
 from tinyfuse.op import OPS
-from tinyfuse.runtime.step import TAILS, Captured, Step
+from tinyfuse.runtime.captured import Captured
+from tinyfuse.runtime.step import TAILS, Step
 from tinyfuse.runtime.tail import Tail
 
 pytestmark = pytest.mark.gpu

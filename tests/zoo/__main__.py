@@ -1,13 +1,14 @@
 """Every causal type, and the encoders of ``encoders.py``, against stock transformers, and what of them is fused.
 
     python -m tests.zoo [causal|encoders|TYPE ...] [--checks generate,int8,forward,bfloat16] [--jobs 2] [--json FILE]
-        [--write]
+        [--device cuda] [--write]
 
 A line per type: ok, or what differed, or why stock itself does not run it; then the sites fused of those found, summed
 over the types that run, and the reasons for the others. Exit status 1 if anything differed, or, where all checks run,
-if fewer sites of a type are fused than in tests/golden/zoo.json or encoders.json; on another version of transformers,
-if a smaller share. ``--write`` writes those files, docs/models.md and docs/encoders.md anew, for whichever group ran as
-a whole; on an older version docs/models-oldest.md and encoders-oldest.md.
+if fewer sites of a type are fused than in tests/golden/zoo.json or encoders.json; on another version of transformers
+and on a GPU, if a smaller share. ``--write`` writes those files, docs/models.md and docs/encoders.md anew, for
+whichever group ran as a whole; on an older version docs/models-oldest.md and encoders-oldest.md, on a GPU models-gpu.md
+and encoders-gpu.md.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from tests.zoo.results import Result
 ROOT = Path(__file__).parents[2]
 HEAD = """# Models
 
-Every causal language model of transformers {transformers} as a tiny random model in fp32, torch {torch} on a CPU:
+Every causal language model of transformers {transformers} as a tiny random model in fp32, torch {torch} on {device}:
 logits through `torch.compile(model, backend="tinyfuse")`, greedy tokens through `tinyfuse.optimize`, both with and
 without padding, int8 against the quantised model run plainly, and `restore` to the bit. Loaded in bf16, its logits err
 by at most 1.5 times what stock's err: those of all tokens, of a model that chooses (experts, keys) those of the median
@@ -43,11 +44,12 @@ token. Numbers are sites fused of those found in the graphs of both `forward`s a
 """
 ENCODERS = """# Encoders and encoder-decoders
 
-Tiny random models of transformers {transformers}, torch {torch} on a CPU, with the class that each is built with
-(`bert:MaskedLM` by `AutoModelForMaskedLM`): every output in fp32 through `torch.compile(model, backend="tinyfuse")`
-and through `tinyfuse.optimize`, with and without padding, and in bf16 no further from fp32 than 1.5 times stock; int8
-against the quantised model run plainly; `generate`, greedy and with beams; `restore` to the bit. Numbers are sites
-fused of those found in all of these graphs. Made by `python -m tests.zoo encoders --write`.
+Tiny random models of transformers {transformers}, torch {torch} on {device}, with the class that each is built
+with (`bert:MaskedLM` by `AutoModelForMaskedLM`): every output in fp32 through
+`torch.compile(model, backend="tinyfuse")` and through `tinyfuse.optimize`, with and without padding, and in bf16 no
+further from fp32 than 1.5 times stock; int8 against the quantised model run plainly; `generate`, greedy and with beams;
+`restore` to the bit. Numbers are sites fused of those found in all of these graphs. Made by
+`python -m tests.zoo encoders --write`.
 
 `generate` of an encoder-decoder is transformers' own loop; the encoder and each step of the decoder are compiled, three
 graphs for all lengths. DeBERTa v1 reads a size from a tensor between the products of its attention: Dynamo breaks the
@@ -62,7 +64,7 @@ TEXT = """
 
 {types}
 """
-LEFT_OUT = "Not listed are types that equal stock and have no smaller share fused than on the newest version.\n\n"
+LEFT_OUT = "Not listed are types that equal stock, with no smaller share fused than by the newest version on a CPU.\n\n"
 GROUPS = {
     "causal": ("zoo.json", "models.md", HEAD, TYPES),
     "encoders": ("encoders.json", "encoders.md", ENCODERS, NAMES),
@@ -70,10 +72,10 @@ GROUPS = {
 ANCHORS = ("linear", "rms_norm", "layer_norm", "attention", "rope", "activation")
 
 
-def results(types: list[str], names: list[str], jobs: int) -> Iterator[tuple[Result, float]]:
+def results(types: list[str], names: list[str], jobs: int, device: str) -> Iterator[tuple[Result, float]]:
     os.environ["OMP_NUM_THREADS"] = "1"
     with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
-        for future in as_completed([pool.submit(run, model_type, names) for model_type in types]):
+        for future in as_completed([pool.submit(run, model_type, names, device) for model_type in types]):
             yield future.result()
 
 
@@ -118,18 +120,17 @@ def counts(result: Result) -> dict[str, list[int]]:
     return {kind: [result.sites[kind, "fused"], result.sites[kind, "found"]] for kind in kinds}
 
 
-def dropped(result: Result, golden: dict) -> list[str]:
-    """The kinds of sites of which fewer are fused than were; on another version of transformers, a smaller share."""
+def dropped(result: Result, golden: dict, same: bool) -> list[str]:
+    """The kinds of sites of which fewer are fused than were; where the graphs are not the ``same``, a smaller share."""
     lost, now = [], counts(result)
     for kind, (fused, found) in golden["types"].get(result.model_type, {}).items():
         now_fused, now_found = now.get(kind, [0, 0])
-        same = golden["transformers"] == transformers.__version__
         if now_fused < fused if same else now_fused * found < fused * now_found:
             lost.append(f"{result.model_type}: {kind} {now_fused} of {now_found} fused, not {fused} of {found}")
     return lost
 
 
-def page(head: str, made: list[Result], listed: Collection[str]) -> str:
+def page(head: str, made: list[Result], listed: Collection[str], device: str) -> str:
     """docs/models.md, or encoders.md, with the types ``listed`` in its table."""
     sites, reasons = totals(made)
     kinds = [kind for kind in ANCHORS if sites[kind, "found"]]
@@ -145,6 +146,7 @@ def page(head: str, made: list[Result], listed: Collection[str]) -> str:
     return (head + TEXT).format(
         transformers=transformers.__version__,
         torch=torch.__version__.partition("+")[0],
+        device="a CPU" if device == "cpu" else torch.cuda.get_device_name(),
         fine=sum(not r.wrong and not r.stock for r in made),
         all=len(made),
         totals=table(["", *kinds], [["all", *shares]]),
@@ -175,11 +177,12 @@ def main() -> int:
     parser.add_argument("--checks", default=",".join(CHECKS))
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--write", action="store_true", help="golden counts and pages of whole groups anew")
     options = parser.parse_args()
     wanted = [name for given in options.types or GROUPS for name in (GROUPS[given][3] if given in GROUPS else [given])]
     made = []
-    for result, seconds in results(wanted, options.checks.split(","), options.jobs):
+    for result, seconds in results(wanted, options.checks.split(","), options.jobs, options.device):
         made.append(result)
         print(line(result, seconds), flush=True)
     made.sort(key=lambda result: result.model_type)
@@ -190,17 +193,19 @@ def main() -> int:
             continue
         print(summary(mine))
         held = json.loads(known.read_text()) if known.exists() else {"transformers": "0", "types": {}}
-        fewer = {result.model_type: dropped(result, held) for result in mine if whole}
+        same = transformers.__version__ == held["transformers"] and options.device == "cpu"
+        fewer = {result.model_type: dropped(result, held, same) for result in mine if whole}
         lost += [line for lines in fewer.values() for line in lines]
         if not (options.write and whole and len(mine) == len(types)):
             continue
+        older = Version(transformers.__version__) < Version(held["transformers"])
+        kind = "-gpu" if options.device != "cpu" else "-oldest" if older else ""
+        apart = [r.model_type for r in mine if r.wrong or r.stock or fewer[r.model_type]]
         page_file = ROOT / "docs" / text
-        if Version(transformers.__version__) < Version(held["transformers"]):
-            apart = [r.model_type for r in mine if r.wrong or r.stock or fewer[r.model_type]]
-            page_file.with_stem(f"{page_file.stem}-oldest").write_text(page(head, mine, apart))
-        else:
+        page_file = page_file.with_stem(page_file.stem + kind)
+        page_file.write_text(page(head, mine, apart if kind else types, options.device))
+        if not kind:
             known.write_text(golden_text(mine))
-            page_file.write_text(page(head, mine, types))
     print("\n".join(lost))
     if options.json:
         options.json.write_text(json.dumps([as_json(result) for result in made], indent=1) + "\n")

@@ -7,7 +7,7 @@ import logging
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -77,13 +77,14 @@ class Operations(TorchDispatchMode):
 
 
 def greedy(model: PreTrainedModel, padding: int) -> Tensor:
-    return model.generate(**prompt(LENGTH, batch=2, padding=padding), max_new_tokens=NEW_TOKENS, do_sample=False)
+    inputs = prompt(LENGTH, batch=2, padding=padding, device=model.device)
+    return model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
 
 
 @torch.no_grad()
-def logits(model: Callable[..., Any], padding: int) -> Tensor:
+def logits(model: PreTrainedModel, padding: int) -> Tensor:
     """Of the tokens that are no padding."""
-    inputs = prompt(LENGTH, batch=2, padding=padding)
+    inputs = prompt(LENGTH, batch=2, padding=padding, device=model.device)
     return model(**inputs).logits[inputs["attention_mask"].bool()]
 
 
@@ -112,7 +113,7 @@ def check_bfloat16(model: PreTrainedModel, result: Result) -> None:
     """Loaded in bf16, as users do: some weights and tables stay in fp32."""
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        narrow = type(model).from_pretrained(folder, dtype=torch.bfloat16)
+        narrow = type(model).from_pretrained(folder, dtype=torch.bfloat16).to(model.device)
     exact = Exact(narrow)
     same_compiled(result, "bfloat16", logits, narrow, (0, PADDING), lambda padding: partial(exact.differ, padding))
 
@@ -125,21 +126,26 @@ CHECKS = {
 }
 
 
-def check(model_type: str, names: Iterable[str] = CHECKS) -> Result:
+def check(model_type: str, names: Iterable[str] = CHECKS, device: str = "cpu") -> Result:
     """``model_type``: a causal type, or a name of ``encoders``."""
     result = Result(model_type)
     make, checks = (encoders.make, encoders.CHECKS) if model_type in encoders.NAMES else (build, CHECKS)
     try:
-        model = make(model_type)
+        model = make(model_type).to(device)
     except Exception as failure:
         result.stock["build"] = said(failure)
         return result
     for name in names:
-        checks[name](model, result)
+        try:
+            checks[name](model, result)
+        except TimeoutError:
+            raise
+        except Exception as failure:
+            result.wrong[name] = said(failure)
     return result
 
 
-def run(model_type: str, names: Iterable[str]) -> tuple[Result, float]:
+def run(model_type: str, names: Iterable[str], device: str) -> tuple[Result, float]:
     """In a process of its own: what was checked, and the seconds it took."""
     logging.disable(logging.WARNING)
     warnings.filterwarnings("ignore")
@@ -149,7 +155,7 @@ def run(model_type: str, names: Iterable[str]) -> tuple[Result, float]:
     signal.alarm(LIMIT)
     start = time.perf_counter()
     try:
-        result = check(model_type, names)
+        result = check(model_type, names, device)
     except Exception as failure:
         result = Result(model_type, wrong={"check": said(failure)})
     finally:

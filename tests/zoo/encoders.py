@@ -80,7 +80,7 @@ def inputs(model: PreTrainedModel, padding: int, length: int = LENGTH) -> dict[s
     given["input_features"] = torch.randn(2, MELS, FRAMES, generator=draw).to(model.dtype)
     if "input_ids" not in parameters:  # a vision model's or a spectrogram's mask has other sizes
         del given["attention_mask"]
-    return {name: value for name, value in given.items() if name in parameters}
+    return {name: value.to(model.device) for name, value in given.items() if name in parameters}
 
 
 @torch.no_grad()

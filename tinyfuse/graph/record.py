@@ -84,7 +84,7 @@ class _Shapes(ShapeEnv):
     """Notes no line of code beside a guard: to find the user's it would import Inductor, half a second or more."""
 
     def _get_stack_summary(self, is_debug: bool = False, framework_loc: str | None = None) -> tuple[SLoc, str]:
-        return SLoc(framework_loc, None), ""
+        return SLoc(framework_loc or "", None), ""  # torch 2.11 cannot print a place that is None
 
 
 def record(

@@ -8,6 +8,8 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from types import CodeType
 from typing import Any
 
 import torch
@@ -41,6 +43,10 @@ class _Intercepted(BaseException):  # not an Exception: nothing on the way up ma
         self.call = call
 
 
+class _Uncompiled(BaseException):  # not an Exception either
+    """A call cannot be compiled, and nothing of it has run; the message says why."""
+
+
 @contextmanager
 def record_graphs() -> Iterator[list[GraphCall]]:
     """Collects the graph calls that this thread makes inside the block."""
@@ -66,8 +72,8 @@ def intercept(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> GraphCa
     return None
 
 
-def _compile(forward: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
-    """``torch.compile(forward)`` with graphs, a recompile limit and a shape history of its own.
+def _entry(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """``forward`` for ``torch.compile``, with graphs, a recompile limit and a shape history of its own.
 
     Dynamo keeps all three per code object, and every transformers model enters through the same few decorators.
     """
@@ -76,7 +82,7 @@ def _compile(forward: Callable[..., Any], backend: Callable[..., Any]) -> Callab
         return forward(*args, **kwargs)
 
     entry.__code__ = entry.__code__.replace(co_name=f"forward_{next(_serial)}")
-    return torch.compile(entry, backend=backend)
+    return entry
 
 
 class CompiledForward:
@@ -85,15 +91,17 @@ class CompiledForward:
     Prompts of all lengths are one kind, single tokens another; so are one row and several (Dynamo never generalises
     from 1), a growing cache that holds nothing, one token or more, other arguments, other autograd modes, and other
     hooks on modules of ``model``, which Dynamo does not look for again. Each kind has few graphs, so none meets the
-    recompile limit. ``report`` accounts for all of them.
+    recompile limit. ``report`` accounts for all of them. A kind that cannot be compiled runs as it is; ``fall_back``
+    is told why.
     """
 
-    def __init__(self, model: nn.Module, forward: Callable[..., Any], report: Report):
-        self.model, self.forward, self.report = model, forward, report
+    def __init__(self, model: nn.Module, forward: Callable[..., Any], report: Report, fall_back: Callable[[str], None]):
+        self.model, self.forward, self.report, self.fall_back = model, forward, report, fall_back
         self.hooks: list[dict[int, Any]] = []
         parameters = inspect.signature(forward).parameters.values()
         self.names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
         self.compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
+        self.entries: set[CodeType] = set()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # By name, as generate calls it: otherwise model(ids) and model(input_ids=ids) would be two graphs.
@@ -101,17 +109,34 @@ class CompiledForward:
         if len(names) == len(args) and not kwargs.keys() & set(names):
             args, kwargs = (), dict(zip(names, args, strict=True)) | kwargs
         modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        kind = (*mark_dynamic(kwargs), *modes, self._hooked(), *kwargs)
+        tokens, rows, held = mark_dynamic(kwargs)
+        kind = (tokens, rows, held, *modes, self._hooked(), *kwargs)
         if kind not in self.compiled:
-            self.compiled[kind] = _compile(self.forward, self._backend)
+            entry = _entry(self.forward)
+            self.entries.add(entry.__code__)
+            self.compiled[kind] = torch.compile(entry, backend=partial(self._backend, bool(held)))
+        try:
+            return self.compiled[kind](*args, **kwargs)
+        except _Uncompiled as reason:
+            self.compiled[kind] = partial(self._eagerly, str(reason))
         return self.compiled[kind](*args, **kwargs)
 
-    def _backend(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        from tinyfuse.backend import backend  # every pattern and kernel; not on the way of `import tinyfuse`
+    def _eagerly(self, reason: str, /, *args: Any, **kwargs: Any) -> Any:
+        self.fall_back(reason)
+        return self.forward(*args, **kwargs)
 
+    def _backend(self, grows: bool, gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        """``grows``: the cache does, so that no two calls in a row are of one length."""
+        from tinyfuse.backend import NO_REPLAY, backend, lost_method  # every pattern and kernel: not at import
+
+        if reason := lost_method():
+            if torch._dynamo.symbolic_convert.tls.current_tx.f_code in self.entries:
+                raise _Uncompiled(reason)
+            self.fall_back(reason)
+            raise torch._dynamo.exc.SkipFrame(reason)  # after a graph break: a part of the call may have run
         self.hooks = []  # modules may be others than they were
         with collect(self.report):
-            compiled = backend(gm, example_inputs)
+            compiled = backend(gm, example_inputs, mode=NO_REPLAY if grows else None)
 
         def run(*args: Any) -> Any:
             if getattr(_watch, "intercept", False):

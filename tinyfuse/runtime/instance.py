@@ -43,7 +43,7 @@ class Runtime:
 
     @cached_property
     def compiled(self) -> CompiledForward:
-        return CompiledForward(self.model, self.stock("forward"), self.report)
+        return CompiledForward(self.model, self.stock("forward"), self.report, self.fall_back)
 
     @cached_property
     def recordings(self):
@@ -65,7 +65,7 @@ class Runtime:
 
     @cached_property
     def streams(self):
-        from tinyfuse.runtime.step import CaptureStreams
+        from tinyfuse.runtime.captured import CaptureStreams
 
         return CaptureStreams()
 
@@ -78,19 +78,26 @@ class Runtime:
 
     def fall_back(self, reason: str, asked: bool = False) -> None:
         """Note why a call takes the slower way. ``asked``: the caller chose it, so there is nothing to warn about."""
-        if reason not in self.fallbacks:
-            self.fallbacks.append(reason)
+        self._list(reason)
         if self.mode == "error":
             raise fallback.FallbackError(f"generate: {reason}")
         (fallback.note if asked else fallback.record)("generate", reason)
 
+    def _list(self, reason: str) -> None:
+        if reason not in self.fallbacks:
+            self.fallbacks.append(reason)
+
     def unrecorded(self, reason: str) -> None:
-        """Note why Dynamo traces a call of the decode loop: only its first call is slower for it."""
-        fallback.note("generate", f"traced by Dynamo: {reason}")
+        """Note why Dynamo traces a call of the decode loop: first calls are slower for it, and a prompt is no graph."""
+        self._note(f"traced by Dynamo: {reason}")
 
     def uncaptured(self, reason: str) -> None:
         """Note why prompts of some length are launched from Python each time."""
-        fallback.note("generate", f"a prompt is no CUDA graph: {reason}")
+        self._note(f"a prompt is no CUDA graph: {reason}")
+
+    def _note(self, reason: str) -> None:
+        self._list(reason)
+        fallback.note("generate", reason)
 
     def hooked(self) -> str | None:
         """A replayed step does not pass through ``model.__call__``."""

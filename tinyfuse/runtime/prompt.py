@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from tinyfuse.runtime.cache import Slot
-from tinyfuse.runtime.step import Captured, NotCapturable, fixed, on_buffers, tensors
+from tinyfuse.runtime.captured import Captured, NotCapturable
+from tinyfuse.runtime.step import fixed, on_buffers, tensors
 from tinyfuse.runtime.window import MASK
 
 LENGTHS = (32, 64, 96, 128, 192, 256, 384, 512)

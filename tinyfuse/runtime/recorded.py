@@ -180,7 +180,7 @@ class Recordings:
                 raise
             except Exception as error:
                 name = "" if isinstance(error, Declined) else f"{type(error).__name__}: "
-                self.declined[kind] = f"{name}{error}"
+                self.declined[kind] = name + str(error).partition("\n")[0]
                 return self.declined[kind]
             known.append(found)
         return _bound(found, arguments, tensors)
