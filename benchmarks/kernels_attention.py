@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from triton.runtime.errors import OutOfResources
 
+from tinyfuse.bench.environment import environment
 from tinyfuse.kernels import _attention_decode as decoding
 from tinyfuse.kernels import _attention_prefill as prefilling
 from tinyfuse.kernels import mask_bounds
@@ -244,20 +244,6 @@ def cases(only: str | None) -> list[tuple[str, Case]]:
     return [(kind, case) for kind, case in found if only in (None, kind)]
 
 
-def environment() -> dict:
-    import triton
-
-    run = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    driver = subprocess.run(
-        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    return {
-        "gpu": torch.cuda.get_device_name(), "driver": driver.stdout.strip(), "torch": torch.__version__,
-        "triton": triton.__version__, "commit": run.stdout.strip(), "read_bytes_per_s": read_bandwidth(),
-    }  # fmt: skip
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sweep", action="store_true")
@@ -273,7 +259,7 @@ def main() -> None:
                 sets, mask = case.inputs()
                 VARIANTS[kind](case, args.sweep)[name](*sets[0], mask)
         return
-    report = {"environment": environment(), "rows": []}
+    report = {"environment": environment("cuda") | {"read_bytes_per_s": read_bandwidth()}, "rows": []}
     print(report["environment"], flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
     gpu = torch.cuda.get_device_name().lower().replace("nvidia", "").split()[0]

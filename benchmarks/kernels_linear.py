@@ -15,7 +15,6 @@ import concurrent.futures
 import json
 import multiprocessing
 import statistics
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tinyfuse.bench.environment import environment
 from tinyfuse.kernels import _gemv, _one_row, linear
 
 SINGLE = [
@@ -229,14 +229,10 @@ def main() -> None:
     name = torch.cuda.get_device_name()
     big, y = make(1 << 16, 1 << 14, True)[0], torch.empty(1 << 20, dtype=torch.int32, device="cuda")
     bandwidth = big.nbytes / timed([lambda: read(big, y)] * 4) * 1e6
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     results: dict[str, object] = {
-        "environment": {
-            "gpu": name, "torch": torch.__version__, "triton": triton.__version__, "commit": commit,
-            "read_bytes_per_s": bandwidth,
-        },
+        "environment": environment("cuda") | {"read_bytes_per_s": bandwidth},
         "chain_us": chain_times(True) | chain_times(False),
-    }  # fmt: skip
+    }
     print(name, f"read {bandwidth / 1e12:.2f} TB/s", {k: round(v) for k, v in results["chain_us"].items()}, flush=True)
     results["one_row"] = []
     for N, K in SINGLE:

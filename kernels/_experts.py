@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tinyfuse.kernels import _gemv
 from tinyfuse.kernels._gemm import digit_count, split
-from tinyfuse.kernels._one_row import digit_sums, lanes, load, tile
+from tinyfuse.kernels._one_row import digit_sums, lanes, load, steps, tile
 from tinyfuse.kernels._triton import Launch, interpreted, jit, pdl, tl, triton
 from tinyfuse.kernels.gated_act import activate
 
@@ -39,21 +39,17 @@ def _expert(offs, ids, s, E, BLOCK_E: tl.constexpr):
 @jit(do_not_specialize=["E"])
 def _pairs(
     x, x_scale, w, scales, offs, ids, y, x_stride, apart, E, N, step, stride, scale_step,
-    K: tl.constexpr, BLOCK_E: tl.constexpr, ACT: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr,
-    DIGITS: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr,
+    EACH: tl.constexpr, COUNT: tl.constexpr, VECTOR: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr,
+    BLOCK_E: tl.constexpr, ACT: tl.constexpr, ROWS: tl.constexpr, DIGITS: tl.constexpr, PDL: tl.constexpr,
+    ASM: tl.constexpr,
 ):  # fmt: skip
     """Columns program_id(1) * ROWS .. of row program_id(0) of y [S, N]. int8: x is [DIGITS, S, K] digits, ``apart``
-    bytes from digit to digit. ``step``, ``scale_step``: from expert to expert."""
+    bytes from digit to digit. ``step``, ``scale_step``: from expert to expert. EACH to STEPS: :func:`steps`."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     INT: tl.constexpr = tl.int8 == w.dtype.element_ty
     PAIR: tl.constexpr = ACT != ""
-    EACH: tl.constexpr = 4 if INT else 1  # elements of the rows in one of what is loaded
-    COUNT: tl.constexpr = K // EACH
-    VECTOR: tl.constexpr = 4 if INT else 8  # 16 bytes to a thread
-    STEP: tl.constexpr = WARPS * 32 * VECTOR
-    STEPS: tl.constexpr = (COUNT + STEP - 1) // STEP
 
     s = tl.program_id(0)
     expert = _expert(offs, ids, s, E, BLOCK_E)
@@ -119,13 +115,13 @@ def reason(x: Tensor, weight: Tensor, scale: Tensor | None, offs: Tensor | None,
 @lru_cache(4096)
 def _bind(
     m: int, k: int, n: int, experts: int, strides: tuple[int, ...], act: str, rows: int, warps: int, count: int,
-    ahead: bool, *_dtypes_device: Any,
+    ahead: bool, int8: bool, *_dtypes_device: Any,
 ) -> Launch:  # fmt: skip
     """strides: of x, from digit to digit, of the weights from expert to expert and from row to row, of the scales."""
     x_stride, apart, step, stride, scale_step = strides
     scalars = (
         x_stride, apart, experts, n, step, stride, scale_step,
-        k, triton.next_power_of_2(experts), act, rows, warps, count, ahead, not interpreted(),
+        *steps(k, int8, warps), triton.next_power_of_2(experts), act, rows, count, ahead, not interpreted(),
     )  # fmt: skip
     return Launch(_pairs, (m, triton.cdiv(n, rows)), scalars, warps, ahead)
 

@@ -92,21 +92,16 @@ def _normed(
 def _one_row(
     x, x_scale, gain, residual, w0, w1, w2, s0, s1, s2, b0, b1, b2, y0, y1, y2,
     n0, n1, n2, stride0, stride1, stride2, first1, first2, eps,
-    K: tl.constexpr, MEMBERS: tl.constexpr, ACT: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr,
-    DIGITS: tl.constexpr, NORM: tl.constexpr, UNIT_OFFSET: tl.constexpr, CAST_FIRST: tl.constexpr, PDL: tl.constexpr,
-    ASM: tl.constexpr,
+    EACH: tl.constexpr, COUNT: tl.constexpr, VECTOR: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr,
+    MEMBERS: tl.constexpr, ACT: tl.constexpr, ROWS: tl.constexpr, DIGITS: tl.constexpr, NORM: tl.constexpr,
+    UNIT_OFFSET: tl.constexpr, CAST_FIRST: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows of one weight, or of each of two under ACT. ``first``: its first program. int8: x is [DIGITS, K]
-    digits. NORM: the 16-bit weights meet the RMS norm of x."""
+    digits. NORM: the 16-bit weights meet the RMS norm of x. EACH to STEPS: :func:`steps`."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     INT: tl.constexpr = tl.int8 == w0.dtype.element_ty
     PAIR: tl.constexpr = ACT != "" and MEMBERS == 2
-    EACH: tl.constexpr = 4 if INT else 1  # elements of the rows in one of what is loaded
-    COUNT: tl.constexpr = K // EACH
-    VECTOR: tl.constexpr = 4 if INT else 8  # 16 bytes to a thread
-    STEP: tl.constexpr = WARPS * 32 * VECTOR
-    STEPS: tl.constexpr = (COUNT + STEP - 1) // STEP
 
     pid = tl.program_id(0)
     w, s, b, y, n, stride = w0, s0, b0, y0, n0, stride0
@@ -166,7 +161,7 @@ def _one_row(
         for step in tl.static_range(STEPS):
             values += (load(at_x, i, step, COUNT, STEP, "").to(tl.float32),)
         if NORM:
-            values = _normed(values, gains, eps, K, x.dtype.element_ty, UNIT_OFFSET, CAST_FIRST)
+            values = _normed(values, gains, eps, COUNT, x.dtype.element_ty, UNIT_OFFSET, CAST_FIRST)
         for step in tl.static_range(STEPS):
             v = values[step]
             total += lanes(tiles[step].to(tl.float32) * v, ROWS, STEP, VECTOR)
@@ -185,16 +180,24 @@ def _one_row(
 @lru_cache(4096)
 def _bind(
     k: int, sizes: tuple[int, ...], strides: tuple[int, ...], act: str, rows: int, warps: int,
-    count: int, norm: tuple[float, bool, bool] | None, ahead: bool, *_dtypes_device: Any,
+    count: int, norm: tuple[float, bool, bool] | None, ahead: bool, int8: bool, *_dtypes_device: Any,
 ) -> Launch:  # fmt: skip
     """count: digits; norm: eps, unit_offset, cast_first."""
     eps, *flags = norm or (0.0, False, False)
     blocks = [triton.cdiv(n, rows) for n in (sizes[:1] if act else sizes)]
     scalars = (
-        *three(sizes), *three(strides), blocks[0], sum(blocks[:2]), eps, k, len(sizes), act, rows, warps,
+        *three(sizes), *three(strides), blocks[0], sum(blocks[:2]), eps, *steps(k, int8, warps), len(sizes), act, rows,
         count, norm is not None, *flags, ahead, not interpreted(),
     )  # fmt: skip
     return Launch(_one_row, (sum(blocks),), scalars, warps, ahead)
+
+
+def steps(k: int, int8: bool, warps: int) -> tuple[int, ...]:
+    """How a kernel reads a row of k elements: EACH of them at once, COUNT times; VECTOR of these, 16 bytes, are a
+    thread's and STEP the program's in one of STEPS."""
+    each, vector = (4, 4) if int8 else (1, 8)
+    count, step = k // each, warps * 32 * vector
+    return each, count, vector, step, triton.cdiv(count, step)
 
 
 def tile(k_bytes: int, n: int, int8: bool, pair: bool, norm: bool = False) -> tuple[int, int]:

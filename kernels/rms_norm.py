@@ -3,8 +3,8 @@
     y = x * (mean(x^2) + eps)^(-1/2) * g,    g = w, 1 + w or 1
 
 x [..., N]; weight [N] or None; y has x's shape and dtype. The mean and the product run in fp32.
-``cast_first``: the normalised value is rounded to x's dtype before the weight multiplies it (Llama);
-otherwise the product is fp32 and is rounded once (Gemma, OLMo 2).
+``cast_first``: the normalised value is rounded to x's dtype before the weight multiplies it; otherwise the product is
+fp32 and is rounded once.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@
 
 x [B, H, S, D] with any strides; cos, sin of one dtype, broadcastable to [B, 1, S, R], R <= D even,
 used exactly as given (no assumption that their halves repeat). ``interleaved=False``:
-rot([a, b]) = [-b, a] on halves (Llama, NeoX); ``True``: on pairs, rot(a0, b0, a1, b1, ...) =
-(-b0, a0, -b1, a1, ...) (GPT-J). Products and sum in x's dtype when cos has x's dtype; the
-result is rounded to x's dtype. y is laid out in memory as [B, S, H, D].
+rot([a, b]) = [-b, a] on halves; ``True``: on pairs, rot(a0, b0, a1, b1, ...) = (-b0, a0, -b1, a1, ...).
+Products and sum in x's dtype when cos has x's dtype; the result is rounded to x's dtype. y is laid out in
+memory as [B, S, H, D].
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """Attention over [batch * heads, tokens, head_dim] whose scores get a bias there, before they are split by head
-(DeBERTa-v2, He et al., 2021: the bias is what positions add to the content's scores).
+(He et al., 2021: the bias is what positions add to the content's scores).
 
     softmax(fill(q k^T + bias)) v
 

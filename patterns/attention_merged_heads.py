@@ -1,4 +1,4 @@
-"""Attention as batched products over [batch * heads, tokens, head_dim] (BART's family), with ALiBi (BLOOM)."""
+"""Attention as batched products over [batch * heads, tokens, head_dim], alone or added to ALiBi."""
 
 import torch
 

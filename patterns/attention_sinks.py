@@ -1,4 +1,4 @@
-"""Attention with a sink: a learned score per head that takes part in the softmax and brings no value (gpt-oss).
+"""Attention with a sink: a learned score per head that takes part in the softmax and brings no value.
 
     softmax([scale q k^T + bias, sink]) without its last column, times v
 

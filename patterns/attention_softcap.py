@@ -1,4 +1,4 @@
-"""Attention whose scores a softcap bounds before the mask, ``softmax(c tanh(scale q k^T / c) + bias) v`` (Gemma 2)."""
+"""Attention whose scores a softcap bounds before the mask, ``softmax(c tanh(scale q k^T / c) + bias) v``."""
 
 import torch
 

@@ -1,7 +1,7 @@
 """Attention as products around a softmax in fp32 or in the model's dtype, ``softmax(scale q k^T + bias) v``.
 
-The scores may be computed in fp32 (GPT-J), divided after the bias is added (CodeGen), filled where hidden (MPT), or
-lowered by the largest, which changes nothing but their range (MiMo-V2).
+The scores may be computed in fp32, divided after the bias is added, filled where hidden, or lowered by the largest,
+which changes nothing but their range.
 """
 
 import operator

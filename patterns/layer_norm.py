@@ -1,4 +1,4 @@
-"""LayerNorm over the last dimension: ``F.layer_norm`` with or without weight and bias; written out in fp32 (Cohere)."""
+"""LayerNorm over the last dimension: ``F.layer_norm`` with or without weight and bias; written out in fp32."""
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,4 @@
-"""LayerNorm that rounds to the model's dtype before its weight and bias (DeBERTa): ``w * norm(x) + b``.
+"""LayerNorm that rounds to the model's dtype before its weight and bias: ``w * norm(x) + b``.
 
 The norm is recognised by itself. In fp32, where nothing is rounded in between, weight and bias become part of it.
 """

@@ -1,4 +1,4 @@
-"""Linear layers: ``F.linear``, and GPT-2's ``Conv1D`` (``addmm`` with a transposed weight)."""
+"""Linear layers: ``F.linear``, and transformers' ``Conv1D`` (``addmm`` with a transposed weight)."""
 
 import torch
 import torch.nn.functional as F

@@ -1,9 +1,9 @@
 """RMSNorm as models spell it: fp32 statistics, then one of two cast orders.
 
-Llama and most others round the normalised value to the model's dtype and then multiply by the weight; Gemma
-(``1 + w``) and OLMo 2 multiply in fp32 and round once; some have no weight. ``x * rsqrt(v)`` is also written
-``x * pow(v, -0.5)`` and ``x / sqrt(v)``; ``x * rsqrt(v)`` is in fp32 whether x is cast to it or promoted (T5). DeepSeek
-V4 rounds the factor too, to the model's dtype: one rounding more. ``F.rms_norm`` rounds once, as OLMo 2 does.
+Most round the normalised value to the model's dtype and then multiply by the weight; others multiply in fp32 and round
+once, as ``F.rms_norm`` does. The weight is ``w``, ``1 + w`` or none. ``x * rsqrt(v)`` is also written
+``x * pow(v, -0.5)`` and ``x / sqrt(v)``; ``x * rsqrt(v)`` is in fp32 whether x is cast to it or promoted. Without a
+weight, the factor may be rounded to the model's dtype too: one rounding more.
 """
 
 import torch
@@ -38,7 +38,7 @@ def weighted_example():
     return example(w=torch.randn(24).bfloat16())
 
 
-llama = Pattern(
+weight_after_cast = Pattern(
     name="rms_norm",
     stage="lift",
     roots=(w * cast(normed, "D"),),
@@ -56,7 +56,7 @@ offset_after_cast = Pattern(
     name="rms_norm_offset_after_cast",
     stage="lift",
     roots=((1.0 + w) * cast(normed, "D"),),
-    where=llama.where,
+    where=weight_after_cast.where,
     to=lambda m: [call(rms_norm, m.x, m.w, m.eps, True, True)],
     example=weighted_example,
 )
@@ -68,7 +68,7 @@ wide_weight = Pattern(
     to=lambda m: [call(rms_norm, m.x, m.w, m.eps, False, False)],
     example=weighted_example,
 )
-gemma = Pattern(
+wide_offset = Pattern(
     name="rms_norm_offset",
     stage="lift",
     roots=(cast(normed * (1.0 + cast(w, torch.float32)), "D"),),

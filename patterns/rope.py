@@ -1,4 +1,4 @@
-"""Rotary embedding, ``x * cos + rotate(x) * sin``, of the halves of a head (Llama) or of its front (NeoX, Phi).
+"""Rotary embedding, ``x * cos + rotate(x) * sin``, of the halves of a head or of its front.
 
 Matched when cos and sin have one entry per position for all heads, x being [B, H, S, D] or [B, S, H, D], and when the
 products are computed in x's dtype or in fp32 and rounded to x's dtype at the end, or left in fp32.

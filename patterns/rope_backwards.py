@@ -1,4 +1,4 @@
-"""Rotary embedding that turns the other way, ``x * cos + [b, -a] * sin`` of the halves a and b of a head (NanoChat)."""
+"""Rotary embedding that turns the other way, ``x * cos + [b, -a] * sin`` of the halves a and b of a head."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Rotary embedding as a complex product: neighbouring channels a + bi times cos + i sin (Llama 4, DeepSeek-V2)."""
+"""Rotary embedding as a complex product: neighbouring channels a + bi times cos + i sin."""
 
 import operator
 

@@ -1,5 +1,5 @@
 """Rotary embedding of neighbouring channels, ``x * cos + rotate(x) * sin`` with rotate(a, b, ...) = (-b, a, ...): the
-whole head (GPT-J, Cohere, Ernie 4.5) or its front (GLM)."""
+whole head or its front."""
 
 import operator
 

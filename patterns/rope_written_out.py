@@ -1,6 +1,6 @@
 """Rotary embedding written as its two halves, ``[a cos - b sin, b cos + a sin]``, with tables of half a head.
 
-a and b are the halves of a head (gpt-oss), or its even and odd channels, which leave as halves (DeepSeek-V3).
+a and b are the halves of a head, or its even and odd channels, which leave as halves.
 """
 
 import operator

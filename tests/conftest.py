@@ -45,6 +45,15 @@ def no_graph_fails_to_compile():
     assert not failed
 
 
+@pytest.fixture
+def poisoned():
+    """Random numbers from a seed; uninitialised memory holds NaN."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def apart(request):
     """What each file of ``test_apart.py`` gives, one file to a core but for one core, from the first test on."""

@@ -1,4 +1,4 @@
-"""Inputs and checks of the row-wise ops (norms, rope, cache writes, gated activations), on any device."""
+"""Inputs and checks of the row-wise ops (norms, rope, cache writes, gated activations), and weights, on any device."""
 
 from functools import partial
 
@@ -42,6 +42,15 @@ def rows(layout, N, dtype, device, lead=(2, 3, 5)):
     return x.to(dtype)
 
 
+def weights(shape, dtype, device):
+    """[..., N, K] in ``dtype`` and None, or int8 and scales."""
+    w = torch.randn(shape, device=device) / shape[-1] ** 0.5
+    if dtype is not torch.int8:
+        return w.to(dtype), None
+    scale = w.abs().amax(-1) / 127
+    return (w / scale[..., None]).round().to(torch.int8), scale
+
+
 def check_rope_tables(B, S, half, scale, dtype, device):
     """The tables of positions up to 100,000, of which some are far apart, on a strided view."""
     positions = torch.randint(0, 100_000, (B, 2 * S), device=device)[:, ::2]
@@ -56,6 +65,10 @@ def check_rope_tables(B, S, half, scale, dtype, device):
     ):
         assert out.dtype is dtype and out.stride() == eager.stride()
         assert_as_exact_as_eager("rope_tables", out, eager, exact * scale)
+
+
+def residual_like(op, x):
+    return torch.randn(x.shape, device=x.device).to(x.dtype) if "add" in op.__name__ else None
 
 
 def check_norm(op, x, residual, weight, bias, flags=(False, True), eps=1e-5):

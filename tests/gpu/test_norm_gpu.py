@@ -17,10 +17,6 @@ def of(op):
     return op.__name__.rpartition(".")[2]
 
 
-def residual_like(op, x):
-    return torch.randn(x.shape, device="cuda").to(x.dtype) if "add" in op.__name__ else None
-
-
 @pytest.mark.parametrize("op", row_ops.NORMS, ids=of)
 @pytest.mark.parametrize("N", [1, 64, 341, 4096, 16385])
 def test_norm_errors(op, N):
@@ -28,7 +24,7 @@ def test_norm_errors(op, N):
         for layout in row_ops.LAYOUTS if N in (64, 341) and dtype is torch.bfloat16 else ["outliers"]:
             x = row_ops.rows(layout, N, dtype, "cuda", lead)
             weight, bias = row_ops.norm_weights(N, dtype, "cuda")[0]
-            row_ops.check_norm(op, x, residual_like(op, x), weight, bias)
+            row_ops.check_norm(op, x, row_ops.residual_like(op, x), weight, bias)
 
 
 @pytest.mark.parametrize("dtype, weight_dtype", list(itertools.product(DTYPES, DTYPES)))

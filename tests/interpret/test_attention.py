@@ -64,14 +64,6 @@ def test_decode(shape, kind):
     check(_attention_decode.decode, shape, kind, torch.float16, _attention_decode.Plan(16, 16, 2, 4, 1))
 
 
-@pytest.fixture
-def poisoned():
-    """New tensors are full of NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 # shape, splits: heads in groups, batches, two blocks of rows; a number of splits that is no power of two
 SPLIT = [((1, 2, 2, 1, 37, 32, 32), 3), ((2, 9, 1, 2, 40, 16, 24), 3), ((3, 6, 2, 1, 64, 16, 40), 4)]
 

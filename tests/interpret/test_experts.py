@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from tests import row_ops
 from tests.tolerance import assert_as_exact_as_eager
 from tinyfuse.kernels import _experts, _experts_gemm, dequantize, experts_linear, gated_act
 
@@ -9,11 +10,8 @@ E, N, K = 5, 22, 112  # K of int8: one whole step of a warp and a part
 
 def stack(dtype):
     """Weights between other experts' and rows, in ``dtype`` or int8 with scales."""
-    w = torch.randn(E, N + 2, K) / K**0.5
-    if dtype is not torch.int8:
-        return w.to(dtype)[:, 2:], None
-    scale = w.abs().amax(-1) / 127
-    return (w / scale[..., None]).round().to(torch.int8)[:, 2:], scale[:, 2:]
+    w, scale = row_ops.weights((E, N + 2, K), dtype, "cpu")
+    return w[:, 2:], None if scale is None else scale[:, 2:]
 
 
 def rows(S, dtype):

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from tests import row_ops
 from tests.tolerance import assert_as_exact_as_eager
 from tinyfuse.kernels import (
     _gemm,
@@ -17,11 +18,7 @@ K = 112  # of int8: one whole step of 64 bytes and a part; of halves: three and 
 
 
 def weights(N, dtype, K=K):
-    w = torch.randn(N, K) / K**0.5
-    if dtype is not torch.int8:
-        return w.to(dtype), None
-    scale = w.abs().amax(1) / 127
-    return (w / scale[:, None]).round().to(torch.int8), scale
+    return row_ops.weights((N, K), dtype, "cpu")
 
 
 def rows(*shape, dtype=torch.bfloat16):

@@ -6,22 +6,11 @@ import torch
 from tests import row_ops
 from tinyfuse.kernels import _rows, add_layer_norm, add_rms_norm, layer_norm, rms_norm
 
+pytestmark = pytest.mark.usefixtures("poisoned")
+
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 CASES = [(layout, 24, torch.bfloat16) for layout in row_ops.LAYOUTS]
 CASES += [("contiguous", 1, torch.float16), ("outliers", 341, torch.float16), ("offset", 341, torch.float32)]
-
-
-@pytest.fixture(autouse=True)
-def seed_and_poison():
-    """Uninitialised memory holds NaN."""
-    torch.manual_seed(0)
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def residual_like(op, x):
-    return torch.randn(x.shape).to(x.dtype) if "add" in op.__name__ else None
 
 
 @pytest.mark.parametrize("op", row_ops.NORMS, ids=lambda op: op.__name__.rpartition(".")[2])
@@ -29,14 +18,14 @@ def residual_like(op, x):
 def test_error_and_layout(op, layout, N, dtype):
     x = row_ops.rows(layout, N, dtype, "cpu", (2, 2, 3))
     weight, bias = row_ops.norm_weights(N, dtype, "cpu")[0]
-    row_ops.check_norm(op, x, residual_like(op, x), weight, bias)
+    row_ops.check_norm(op, x, row_ops.residual_like(op, x), weight, bias)
 
 
 @pytest.mark.parametrize("op", row_ops.NORMS, ids=lambda op: op.__name__.rpartition(".")[2])
 def test_long_rows_are_read_in_blocks(op):
     x = row_ops.rows("transposed", _rows.MAX_BLOCK + 37, torch.bfloat16, "cpu", (1, 2, 2))
     weight, bias = row_ops.norm_weights(x.shape[-1], x.dtype, "cpu")[0]
-    row_ops.check_norm(op, x, residual_like(op, x), weight, bias)
+    row_ops.check_norm(op, x, row_ops.residual_like(op, x), weight, bias)
 
 
 @pytest.mark.parametrize("op", [rms_norm, add_layer_norm], ids=lambda op: op.__name__.rpartition(".")[2])
@@ -44,7 +33,7 @@ def test_many_short_rows_share_a_program(op):
     x = row_ops.rows("fused view", 96, torch.float16, "cpu", (1, 5, 205))
     assert _rows.tile(96, True).rows > 1
     weight, bias = row_ops.norm_weights(96, x.dtype, "cpu")[0]
-    row_ops.check_norm(op, x, residual_like(op, x), weight, bias)
+    row_ops.check_norm(op, x, row_ops.residual_like(op, x), weight, bias)
 
 
 @pytest.mark.parametrize("which", [1, 2])

@@ -6,20 +6,13 @@ import torch
 from tests import row_ops
 from tinyfuse.kernels import _attention_decode, kv_append, rope
 
+pytestmark = pytest.mark.usefixtures("poisoned")
+
 # B, H, kv heads, S, L, D, Dv, R
 SHAPES = [(1, 5, 1, 1, 4, 24, 24, 24), (2, 6, 2, 3, 7, 40, 24, 12), (2, 3, 3, 2, 2, 16, 32, 16)]
 
 CASES = list(itertools.product(row_ops.TABLES, [False, True]))
 DTYPES = [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)]
-
-
-@pytest.fixture(autouse=True)
-def seed_and_poison():
-    """Uninitialised memory holds NaN."""
-    torch.manual_seed(0)
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("kind, interleaved", CASES)

@@ -7,7 +7,7 @@ import logging
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,13 +22,21 @@ from tests.models import prompt
 from tests.tolerance import LOGITS, NARROW_LOGITS, error
 from tests.zoo import encoders
 from tests.zoo.build import build
-from tests.zoo.results import NEW_TOKENS, Differ, Result, bits_differ, said, same, tokens_differ
+from tests.zoo.results import (
+    LENGTH,
+    NEW_TOKENS,
+    PADDING,
+    Result,
+    bits_differ,
+    said,
+    same,
+    same_compiled,
+    tokens_differ,
+)
 from tinyfuse.api import optimize, restore
 from tinyfuse.quantize import quantize_
-from tinyfuse.report import collect
 
 LIMIT = 300  # seconds for one type
-LENGTH, PADDING = 12, 3  # longer than a sliding window
 CHOICES = {"topk", "sort", "argsort", "argmax"}
 
 
@@ -98,7 +106,7 @@ def check_int8(model: PreTrainedModel, result: Result) -> None:
 
 
 def check_forward(model: PreTrainedModel, result: Result) -> None:
-    _compiled(model, result, "forward", lambda padding: logits_differ)
+    same_compiled(result, "forward", logits, model, (0, PADDING), lambda padding: logits_differ)
 
 
 def check_bfloat16(model: PreTrainedModel, result: Result) -> None:
@@ -107,16 +115,7 @@ def check_bfloat16(model: PreTrainedModel, result: Result) -> None:
         model.save_pretrained(folder)
         narrow = type(model).from_pretrained(folder, dtype=torch.bfloat16).to(model.device)
     exact = Exact(narrow)
-    _compiled(narrow, result, "bfloat16", lambda padding: partial(exact.differ, padding))
-
-
-def _compiled(model: PreTrainedModel, result: Result, check: str, differ: Callable[[int], Differ]) -> None:
-    torch._dynamo.reset()
-    with collect() as report:
-        compiled = torch.compile(model, backend="tinyfuse")
-        for padding in (0, PADDING):
-            same(result, f"{check}, padding {padding}", logits, model, compiled, padding, differ(padding))
-    result.note(report)
+    same_compiled(result, "bfloat16", logits, narrow, (0, PADDING), lambda padding: partial(exact.differ, padding))
 
 
 CHECKS = {

@@ -18,13 +18,12 @@ from transformers import PreTrainedModel
 from tests.models import prompt, randomise
 from tests.tolerance import LOGITS, NARROW_LOGITS, error
 from tests.zoo import build
-from tests.zoo.results import NEW_TOKENS, Result, bits_differ, same, tokens_differ
+from tests.zoo.results import LENGTH, NEW_TOKENS, PADDING, Result, bits_differ, same, same_compiled, tokens_differ
 from tinyfuse.api import optimize, restore
 from tinyfuse.quantize import quantize_
-from tinyfuse.report import collect, report_of
+from tinyfuse.report import report_of
 
 IMAGE, PATCH, MELS, FRAMES = 32, 8, 8, 60
-LENGTH, PADDING = 12, 3
 
 _DEBERTA = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]}
 SIZES = {
@@ -136,22 +135,13 @@ def check_int8(model: PreTrainedModel, result: Result) -> None:
 
 
 def check_forward(model: PreTrainedModel, result: Result) -> None:
-    torch._dynamo.reset()
-    with collect() as report:
-        compiled = torch.compile(model, backend="tinyfuse")
-        for padding in (0, PADDING):
-            same(result, f"forward, padding {padding}", outputs, model, compiled, padding, outputs_differ)
-    result.note(report)
+    same_compiled(result, "forward", outputs, model, (0, PADDING), lambda padding: outputs_differ)
 
 
 def check_bfloat16(model: PreTrainedModel, result: Result) -> None:
     """Held to fp32 of the same weights, as stock is."""
-    torch._dynamo.reset()
     narrow = copy.deepcopy(model).bfloat16()
-    with collect() as report:
-        compiled = torch.compile(narrow, backend="tinyfuse")
-        same(result, "bfloat16", _error(narrow), narrow, compiled, PADDING, _worse)
-    result.note(report)
+    same_compiled(result, "bfloat16", _error(narrow), narrow, (PADDING,), lambda padding: _worse)
 
 
 def _error(narrow: PreTrainedModel) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tinyfuse.report import Report
+from tinyfuse.report import Report, collect
 
 NEW_TOKENS = 10
+LENGTH, PADDING = 12, 3  # of prompts, longer than a sliding window
 
 
 @dataclass
@@ -61,6 +62,19 @@ def same(
         result.stock[name] = f"compiled by any backend {difference}"
     else:
         result.wrong[name] = difference
+
+
+def same_compiled(
+    result: Result, name: str, run: Callable[[Any, int], Any], model: Any, paddings: Iterable[int],
+    differ: Callable[[int], Differ],
+) -> None:  # fmt: skip
+    """The same of ``torch.compile(model)``, under each padding; notes what is fused in its graphs."""
+    torch._dynamo.reset()
+    with collect() as report:
+        compiled = torch.compile(model, backend="tinyfuse")
+        for padding in paddings:
+            same(result, f"{name}, padding {padding}", run, model, compiled, padding, differ(padding))
+    result.note(report)
 
 
 def _traced(model: PreTrainedModel) -> PreTrainedModel:

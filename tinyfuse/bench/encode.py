@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache
 
-from tinyfuse.bench import UsageError, measure, models
+from tinyfuse.bench import measure, models
 from tinyfuse.bench.environment import environment
 from tinyfuse.bench.measure import median
-from tinyfuse.bench.run import Settings, Warnings
-from tinyfuse.bench.variants import VARIANTS, Variant
+from tinyfuse.bench.run import Settings, Warnings, compare, in_short
+from tinyfuse.bench.variants import VARIANTS, Variant, choose
 from tinyfuse.report import report_of
 
 TOLERANCE, FLOAT32 = 1.5, 1e-4
@@ -45,22 +45,13 @@ CHOICES = {
 }
 
 
-def choose(names: str | None) -> list[Variant]:
-    """The variants named in a comma-separated list, all by default."""
-    wanted = list(CHOICES) if names is None else list(dict.fromkeys(part.strip() for part in names.split(",")))
-    for name in wanted:
-        if name not in CHOICES:
-            raise UsageError(f"unknown variant {name!r}: choose from {', '.join(CHOICES)}")
-    return [CHOICES[name] for name in wanted]
-
-
 def bench(settings: Settings, step: Callable[[str, int], None] = lambda text, total: None) -> dict[str, Any]:
     """What ``--json`` writes: ``{"environment": {...}, "rows": [{...}, ...]}``, a row per encoder and variant.
 
     ``step(what happens next, number of steps)`` is called before every step. Raises UsageError for settings that
     cannot be served; a variant that fails is a row with an ``error``.
     """
-    chosen = choose(settings.variants)
+    chosen = choose(settings.variants, CHOICES)
     presets = DEFAULT if settings.model is None and settings.preset is None else (settings.preset,)
     steps = len(presets) * (1 + len(chosen) * (1 + settings.repeats))
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
@@ -90,7 +81,7 @@ def _rows(
             prepared[variant.name], more = prepare(variant, loaded.model, batches[0])
             rows.append(row | more | {"agrees": more["distance"] <= max(TOLERANCE * rounding, FLOAT32)})
         except Exception as error:  # one variant that fails is a row of the result, not the end of the run
-            rows.append(row | {"error": f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"})
+            rows.append(row | {"error": in_short(error)})
     for model in prepared.values():  # preparing others can make a compiled one compile again
         encode(model, batches[0])
     times = interleave(prepared, batches[1:], step)
@@ -99,7 +90,7 @@ def _rows(
             row["values"] = {"batch_ms": times[row["variant"]]}
             row["batch_ms"] = round(median(times[row["variant"]]), 4)
             row["sequences_s"] = round(settings.batch / row["batch_ms"] * 1e3, 2)
-    compare([row for row in rows if "batch_ms" in row])
+    compare(rows, "batch_ms")
     return rows
 
 
@@ -157,15 +148,3 @@ def interleave(
                 calls += 1
             times[name].append(1e3 * (time.perf_counter() - start) / calls)
     return times
-
-
-def compare(rows: list[dict[str, Any]]) -> None:
-    """Add to each row its speed-up over stock-eager and over the fastest stock variant, and whether the repeats tell
-    it apart from that one; None where there is nothing to compare with."""
-    eager = next((row for row in rows if row["variant"] == "stock-eager"), None)
-    best = min((row for row in rows if row["variant"].startswith("stock-")), key=lambda r: r["batch_ms"], default=None)
-    for row in rows:
-        row["speedup_vs_eager"] = eager and round(eager["batch_ms"] / row["batch_ms"], 3)
-        row["speedup_vs_best_stock"] = best and round(best["batch_ms"] / row["batch_ms"], 3)
-        values = row["values"]["batch_ms"]
-        row["differs_from_best_stock"] = best and measure.differ(values, best["values"]["batch_ms"])

@@ -97,15 +97,21 @@ def load(model: str | None, preset: str | None, dtype: torch.dtype, device: torc
 
 def random_model(preset: str, dtype: torch.dtype, device: torch.device, seed: int = 0) -> nn.Module:
     """A model of the preset's shape with normal weights (std 0.02), drawn on ``device`` in ``dtype``."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    if preset not in PRESETS:
-        raise UsageError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}")
-    model_type, settings = PRESETS[preset]
-    config = AutoConfig.for_model(model_type, **settings)
+    config = _config(preset, PRESETS)
     torch.manual_seed(seed)
     with torch.device(device):
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def _config(preset: str, presets: dict[str, tuple[str, dict[str, Any]]]) -> Any:
+    from transformers import AutoConfig
+
+    if preset not in presets:
+        raise UsageError(f"unknown preset {preset!r}: choose one of {', '.join(presets)}")
+    model_type, settings = presets[preset]
+    return AutoConfig.for_model(model_type, **settings)
 
 
 def load_encoder(
@@ -113,18 +119,16 @@ def load_encoder(
 ) -> Loaded:
     """The encoder of ``model`` (a folder or a Hub id), or a preset's with random weights; of an encoder-decoder the
     encoder alone."""
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoModel
 
     if model and preset:
         raise UsageError("give MODEL or --preset, not both")
     if model is not None:
         whole = _from_pretrained(AutoModel, model, "an encoder", dtype=dtype)
-    elif preset not in ENCODERS:
-        raise UsageError(f"unknown preset {preset!r}: choose one of {', '.join(ENCODERS)}")
     else:
-        model_type, settings = ENCODERS[preset]
+        config = _config(preset, ENCODERS)
         torch.manual_seed(seed)
-        whole = AutoModel.from_config(AutoConfig.for_model(model_type, **settings), dtype=dtype)
+        whole = AutoModel.from_config(config, dtype=dtype)
     encoder = whole.get_encoder() if whole.config.is_encoder_decoder else whole
     return Loaded(Path(model).name if model else f"{preset} (random weights)", encoder.to(device).eval(), None)
 

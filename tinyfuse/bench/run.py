@@ -58,7 +58,7 @@ def bench(settings: Settings, step: Callable[[str, int], None] = lambda text, to
     ``step(what happens next, number of steps)`` is called before every step. Raises UsageError for settings that
     cannot be served; a variant that fails is a row with an ``error``.
     """
-    chosen = variants.choose(settings.variants)
+    chosen = variants.choose(settings.variants, variants.VARIANTS)
     device = torch.device(settings.device)
     steps = 2 + len(chosen) * (1 + settings.repeats) + WINDOWS
     step("loading the model", steps)
@@ -82,7 +82,7 @@ def bench(settings: Settings, step: Callable[[str, int], None] = lambda text, to
                 try:
                     prepared[variant.name] = prepare(variant, loaded.model, prompts[:WARM_UPS], settings.gen)
                 except Exception as error:  # one variant that fails is a row of the result, not the end of the run
-                    errors[variant.name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+                    errors[variant.name] = in_short(error)
         steps -= settings.repeats * len(errors)
         samples = measure.interleave(
             {name: ready.run for name, ready in prepared.items()},
@@ -109,7 +109,8 @@ def bench(settings: Settings, step: Callable[[str, int], None] = lambda text, to
             if loaded.tokenizer is None:
                 row["ppl"] = None  # random weights on random tokens
         rows.append(row)
-    compare(rows, samples)
+    compare(rows, "tpot_ms")
+    same_text(rows, samples)
     block = environment(device) | {"read_bandwidth_gb_s": round(bandwidth / 1e9, 1), "warnings": warnings.messages}
     return {"environment": block, "rows": rows}
 
@@ -168,27 +169,33 @@ def _row(ready: Prepared, samples: Samples, settings: Settings, loaded: models.L
     }
 
 
-def compare(rows: list[dict[str, Any]], samples: dict[str, Samples]) -> None:
-    """Add to each row its decode speed-up over stock-eager and over the fastest stock variant, whether the repeats
-    tell it apart from that one, and the share of prompts for which it wrote stock-eager's tokens; None where there is
-    nothing to compare with."""
-    timed = [row for row in rows if "tpot_ms" in row]
-    by_name = {row["variant"]: row for row in timed}
-    eager = by_name.get("stock-eager")
-    best = min((row for row in timed if row["variant"].startswith("stock-")), key=_tpot, default=None)
+def in_short(error: Exception) -> str:
+    """What a row says of the error: its first line."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+def compare(rows: list[dict[str, Any]], time: str) -> None:
+    """Add to each row that has a ``time`` its speed-up over stock-eager and over the fastest stock variant, and whether
+    the repeats tell it apart from that one; None where there is nothing to compare with."""
+    timed = [row for row in rows if time in row]
+    eager = next((row for row in timed if row["variant"] == "stock-eager"), None)
+    stock = [row for row in timed if row["variant"].startswith("stock-")]
+    best = min(stock, key=lambda row: row[time], default=None)
     for row in timed:
-        row["speedup_vs_eager"] = eager and round(_tpot(eager) / _tpot(row), 3)
-        row["speedup_vs_best_stock"] = best and round(_tpot(best) / _tpot(row), 3)
-        row["differs_from_best_stock"] = best and measure.differ(row["values"]["tpot_ms"], best["values"]["tpot_ms"])
+        row["speedup_vs_eager"] = eager and round(eager[time] / row[time], 3)
+        row["speedup_vs_best_stock"] = best and round(best[time] / row[time], 3)
+        row["differs_from_best_stock"] = best and measure.differ(row["values"][time], best["values"][time])
+
+
+def same_text(rows: list[dict[str, Any]], samples: dict[str, Samples]) -> None:
+    """Add to each row the share of prompts for which it wrote stock-eager's tokens; None if that did not run."""
+    eager = samples.get("stock-eager")
+    for row in [row for row in rows if row["variant"] in samples]:
         row["same_text"] = None
         if eager:
-            pairs = zip(samples[row["variant"]].tokens, samples["stock-eager"].tokens, strict=True)
+            pairs = zip(samples[row["variant"]].tokens, eager.tokens, strict=True)
             same = [torch.equal(mine, theirs) for mine, theirs in pairs]
             row["same_text"] = sum(same) / len(same)
-
-
-def _tpot(row: dict[str, Any]) -> float:
-    return row["tpot_ms"]
 
 
 class Warnings(logging.Handler):

@@ -90,18 +90,18 @@ VARIANTS = {
 }
 
 
-def choose(names: str | None) -> list[Variant]:
-    """The variants named in a comma-separated list; by default every one whose package is installed."""
+def choose(names: str | None, table: dict[str, Variant]) -> list[Variant]:
+    """The variants of ``table`` named in a comma-separated list; by default every one whose package is installed."""
     if names is None:
-        return [v for v in VARIANTS.values() if v.package is None or importlib.util.find_spec(v.package)]
+        return [v for v in table.values() if v.package is None or importlib.util.find_spec(v.package)]
     chosen = []
     for name in dict.fromkeys(part.strip() for part in names.split(",")):
-        if name not in VARIANTS:
-            raise UsageError(f"unknown variant {name!r}: choose from {', '.join(VARIANTS)}")
-        package = VARIANTS[name].package
+        if name not in table:
+            raise UsageError(f"unknown variant {name!r}: choose from {', '.join(table)}")
+        package = table[name].package
         if package and importlib.util.find_spec(package) is None:
             raise UsageError(f"variant {name} needs {package}: pip install {package}")
-        chosen.append(VARIANTS[name])
+        chosen.append(table[name])
     return chosen
 
 

@@ -1,4 +1,4 @@
-"""Facts about FX nodes: their values, what they write, what they alias."""
+"""Facts about FX nodes: their values, what they write, what they alias; and whether autocast is on around them."""
 
 from __future__ import annotations
 
@@ -52,6 +52,11 @@ def grouped_mm_fallback(x: torch.Tensor, weight: torch.Tensor, offs: torch.Tenso
 def max_along(x: torch.Tensor, dim: int, keepdim: bool) -> torch.Tensor:
     """``torch.max`` along a dim, values and indices."""
     return torch.max(x, dim, keepdim)
+
+
+def autocast_is_on() -> bool:
+    """Whether autocast chooses the dtypes of products on a device that has kernels."""
+    return torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu")
 
 
 def value(node: Any) -> Any:

@@ -173,10 +173,12 @@ def mark_dynamic(inputs: dict[str, Any]) -> tuple[bool, bool, int]:
 
 
 def _mark_cache(cache: Any) -> int:
-    """Mark the lengths of the keys and values [B, H, L, D] of a cache that grows by concatenation."""
-    pair = [getattr(cache, f"{kind}_attention_cache", None) for kind in ("self", "cross")]
-    held = [_mark_layers(part) for part in ([cache] if None in pair else pair)]
-    return held[0]
+    """Mark the lengths of the keys and values [B, H, L, D] of a cache that grows by concatenation, and of the encoder's
+    beside it; how many tokens it holds."""
+    if hasattr(cache, "cross_attention_cache"):
+        _mark_layers(cache.cross_attention_cache)
+        cache = cache.self_attention_cache
+    return _mark_layers(cache)
 
 
 def _mark_layers(cache: Any) -> int:

@@ -19,6 +19,7 @@ from transformers.utils import ModelOutput
 
 from tinyfuse import choices, fallback
 from tinyfuse.fallback import FallbackError
+from tinyfuse.graph.nodes import autocast_is_on
 from tinyfuse.graph.record import Declined, Given, Recording, record
 from tinyfuse.report import Report, collect
 from tinyfuse.runtime.forward import GraphCall, sequence_dims
@@ -160,7 +161,7 @@ class Recordings:
     ) -> Bound | str:
         """The graph of ``forward(**arguments)``, or why there is none. Calls of one ``stage`` share graphs. ``after``:
         what follows on it, whose kernels are compiled with those of the graph."""
-        if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
+        if autocast_is_on():
             return "autocast is on"
         try:
             given, rest = _split(arguments)
