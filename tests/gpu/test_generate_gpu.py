@@ -93,7 +93,9 @@ def test_families(family):
             tokens = pair.same(prompt)
             pair.same(prompt, seed=3)
     assert len(set(tokens[:, 9:].flatten().tolist())) > 4
-    assert pair.fast._tinyfuse.fallbacks == []
+    # In fp32 the experts of a prompt's tokens are multiplied one by one, by how many tokens each got.
+    expected = ["a prompt is no CUDA graph"] if family == "mixtral" else []
+    assert [reason.partition(":")[0] for reason in pair.fast._tinyfuse.fallbacks] == expected
     assert pair.runners() and all(isinstance(runner, Captured) for runner in pair.runners())
 
 
