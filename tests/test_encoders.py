@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.graphs import Built
+from tests.tolerance import LOGITS, error
 from tests.zoo import encoders
 from tests.zoo.check import check
 from tests.zoo.encoders import outputs, tokens
@@ -129,12 +130,38 @@ def test_generate_on_static_caches(on_static_caches, name):
     assert len(fast._tinyfuse.caches.kept) == (1 if "whisper" in name else 2)
 
 
-def test_a_cache_of_another_kind_is_asked_for(on_static_caches):
-    """What ``return_dict_in_generate`` returns holds the cache that stock's holds."""
+def test_a_result_with_parts_holds_the_cache_that_stock_makes(on_static_caches):
     model = encoders.make("t5:Seq2SeqLM")
     fast = optimize(copy.deepcopy(model))
     given = {n: v for n, v in encoders.inputs(model, 0).items() if n != "decoder_input_ids"}
-    made = fast.generate(**given, max_new_tokens=4, return_dict_in_generate=True).past_key_values
-    expected = model.generate(**given, max_new_tokens=4, return_dict_in_generate=True).past_key_values
-    assert type(made.self_attention_cache) is type(expected.self_attention_cache)
-    assert made.get_seq_length() == expected.get_seq_length()
+    settings = {"max_new_tokens": 4, "return_dict_in_generate": True, "output_scores": True}
+    expected, made = (one.generate(**given, **settings) for one in (model, fast))
+    fast.generate(**encoders.inputs(model, encoders.PADDING), max_new_tokens=4)  # on the same memory
+    assert error(torch.stack(made.scores), torch.stack(expected.scores).double()) < LOGITS
+    for name in ("self_attention_cache", "cross_attention_cache"):
+        ours, theirs = (getattr(one.past_key_values, name) for one in (made, expected))
+        assert type(ours) is type(theirs)
+        for mine, stocks in zip(ours.layers, theirs.layers, strict=True):
+            for part in ("keys", "values"):
+                assert error(getattr(mine, part), getattr(stocks, part).double()) < LOGITS
+    assert made.past_key_values.is_updated == expected.past_key_values.is_updated
+
+
+def test_attentions_are_as_long_as_stocks(on_static_caches):
+    model = encoders.make("t5:Seq2SeqLM")
+    model.set_attn_implementation("eager")
+    fast = optimize(copy.deepcopy(model))
+    given = {n: v for n, v in encoders.inputs(model, 0).items() if n != "decoder_input_ids"}
+    settings = {"max_new_tokens": 4, "return_dict_in_generate": True, "output_attentions": True}
+    expected, made = (one.generate(**given, **settings).decoder_attentions for one in (model, fast))
+    assert [step[0].shape for step in made] == [step[0].shape for step in expected]
+
+
+def test_a_model_that_does_not_run_on_a_static_cache_grows_its_own(on_static_caches, monkeypatch):
+    model = encoders.make("t5:Seq2SeqLM")
+    fast = optimize(copy.deepcopy(model))
+    monkeypatch.setattr(encoder_decoder, "StaticCache", lambda **_: 1 / 0)
+    given = {n: v for n, v in encoders.inputs(model, 0).items() if n != "decoder_input_ids"}
+    expected, made = (one.generate(**given, max_new_tokens=4, do_sample=False) for one in (model, fast))
+    assert torch.equal(expected, made)
+    assert any("a cache that grows: ZeroDivisionError" in reason for reason in fast._tinyfuse.fallbacks)

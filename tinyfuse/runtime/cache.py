@@ -33,6 +33,13 @@ def cache_length(tokens: int) -> int:
     return length
 
 
+def kept_bytes(device: torch.device) -> int:
+    """How much memory caches that stand by may hold."""
+    if device.type != "cuda":
+        return 1 << 30
+    return int(torch.cuda.get_device_properties(device).total_memory * KEPT_SHARE)
+
+
 @dataclass
 class Slot:
     """One static cache and what is bound to its memory: decode steps and padded prompts. ``rings``: the masks of
@@ -157,10 +164,7 @@ class CachePool:
 
     def _evict(self) -> None:
         layers = [shapes for shapes in self.shapes if shapes is not None]
-        device = layers[0][0].device if layers else torch.device("cpu")
-        share = 1 << 30
-        if device.type == "cuda":
-            share = int(torch.cuda.get_device_properties(device).total_memory * KEPT_SHARE)
+        share = kept_bytes(layers[0][0].device if layers else torch.device("cpu"))
         while self.slots and (len(self.slots) >= KEPT or sum(slot.nbytes() for slot in self.slots.values()) > share):
             self.slots.popitem(last=False)
 

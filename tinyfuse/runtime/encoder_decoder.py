@@ -7,6 +7,7 @@ CUDA graph to replay. With caches that grow, Python would launch every kernel of
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,10 +15,9 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCache, StaticLayer
 from transformers.generation.stopping_criteria import MaxLengthCriteria
 
-from tinyfuse.runtime.cache import cache_length
+from tinyfuse.runtime.cache import KEPT, cache_length, kept_bytes
 
 DEVICES = ("cuda",)
-KEPT = 4  # caches of different sizes that stay allocated
 
 
 class Caches:
@@ -25,69 +25,97 @@ class Caches:
 
     def __init__(self) -> None:
         self.kept: OrderedDict[tuple[Any, ...], EncoderDecoderCache] = OrderedDict()
-        self.shapes: list[list[tuple[Tensor, Tensor]]] = []
+        self.shapes: dict[Any, list[list[tuple[Tensor, Tensor]]]] = {}
 
     def acquire(self, runtime, ids: Tensor, encoded: Any, length: int) -> EncoderDecoderCache | None:
         """An empty cache for ``ids`` [batch, tokens] to grow to ``length`` tokens, and the states [batch, positions,
-        width] ``encoded``; None for a model with other layers than plain ones."""
-        if not self.shapes:
-            self.shapes = _shapes(runtime, ids, encoded)
-        sizes = cache_length(length), encoded[0].shape[1]
-        key = len(ids), *sizes, encoded[0].device, encoded[0].dtype
+        width] ``encoded``; None, with a reason noted, for a model that does not run on one."""
+        states = encoded[0]
+        sizes = cache_length(length), states.shape[1]
+        place = states.device, states.dtype
+        key = len(ids), *sizes, *place
         if key not in self.kept:
-            while len(self.kept) >= KEPT:
-                self.kept.popitem(last=False)
-            config = runtime.model.config.get_text_config(decoder=True)
-            parts = [StaticCache(config=config, max_cache_len=size) for size in sizes]
-            if any(type(layer) is not StaticLayer for part in parts for layer in part.layers):
+            try:
+                if place not in self.shapes:
+                    self.shapes[place] = _shapes(runtime, ids, encoded)
+                self._evict(states.device)
+                self.kept[key] = _allocated(runtime.model, self.shapes[place], len(ids), sizes)
+            except Exception as error:
+                self.kept.clear()
+                runtime.fall_back(f"decoded on a cache that grows: {type(error).__name__}: {error}", asked=True)
                 return None
-            for part, shapes in zip(parts, self.shapes, strict=True):
-                _allocate(part, shapes, len(ids))
-            self.kept[key] = EncoderDecoderCache(*parts)
         self.kept.move_to_end(key)
-        cache = self.kept[key]
-        _empty(cache)
-        return cache
+        _empty(self.kept[key])
+        return self.kept[key]
+
+    def _evict(self, device: torch.device) -> None:
+        while self.kept and (len(self.kept) >= KEPT or sum(map(_nbytes, self.kept.values())) > kept_bytes(device)):
+            self.kept.popitem(last=False)
 
 
-def loop(runtime, streamer: Any) -> Any:
+def loop(runtime, streamer: Any) -> Callable[..., Any]:
     """What ``generate`` calls as ``custom_generate``: ``_sample``, on a static cache where the prepared one would
     grow."""
 
     def run(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
         generation_config.disable_compile = True  # it is compiled already
         limits = [c.max_length for c in stopping_criteria if isinstance(c, MaxLengthCriteria)]
-        prepared, encoded = kwargs.get("past_key_values"), kwargs.get("encoder_outputs")
+        prepared, encoded, cache = kwargs.get("past_key_values"), kwargs.get("encoder_outputs"), None
         grows = isinstance(prepared, EncoderDecoderCache) and type(prepared.self_attention_cache) is DynamicCache
-        if grows and limits and encoded is not None and not prepared.get_seq_length():
+        wide = generation_config.output_attentions  # which would show how long the cache is
+        if grows and limits and encoded is not None and not wide and not prepared.get_seq_length():
             cache = runtime.caches.acquire(runtime, input_ids, encoded, min(limits))
-            kwargs["past_key_values"] = prepared if cache is None else cache
         with runtime.in_order(input_ids.device):
-            return model._sample(
+            kwargs["past_key_values"] = prepared if cache is None else cache
+            made = model._sample(
                 input_ids, logits_processor, stopping_criteria, generation_config, streamer=streamer, **kwargs
             )
+            if cache is not None and not isinstance(made, Tensor):
+                made.past_key_values = _filled(prepared, cache)
+            return made
 
     return run
 
 
-def unfit(model: torch.nn.Module, call: dict[str, Any]) -> bool:
-    """Whether a call of ``generate`` that transformers would decode token by token needs caches that grow."""
-    configs = [config for config in (model.generation_config, call.get("generation_config")) if config is not None]
-    # A result with its parts holds the cache, of the kind asked for.
-    parts = call.get("return_dict_in_generate") or any(config.return_dict_in_generate for config in configs)
-    return bool(parts) or model.device.type not in DEVICES or not model._can_compile_fullgraph
+def unfit(model: torch.nn.Module) -> bool:
+    """Whether a model's caches have to grow."""
+    return model.device.type not in DEVICES or not model._can_compile_fullgraph
+
+
+def _parts(cache: EncoderDecoderCache) -> tuple[Any, Any]:
+    return cache.self_attention_cache, cache.cross_attention_cache
+
+
+def _layers(cache: EncoderDecoderCache) -> Iterator[StaticLayer]:
+    return (layer for part in _parts(cache) for layer in part.layers)
+
+
+def _nbytes(cache: EncoderDecoderCache) -> int:
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in _layers(cache))
 
 
 @torch.no_grad()
 def _shapes(runtime, ids: Tensor, encoded: Any) -> list[list[tuple[Tensor, Tensor]]]:
-    """Keys and values of one position, per layer of the decoder's and of the encoder's part, from a stock forward."""
+    """Keys and values of no position, per layer of the decoder's and of the encoder's part, from a stock forward."""
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
     states = type(encoded)(last_hidden_state=encoded[0][:1, :1])
     runtime.stock("forward")(
         decoder_input_ids=ids[:1, :1], encoder_outputs=states, past_key_values=cache, use_cache=True
     )
-    parts = cache.self_attention_cache, cache.cross_attention_cache
-    return [[(layer.keys[:, :, :0], layer.values[:, :, :0]) for layer in part.layers] for part in parts]
+    return [[(layer.keys[:, :, :0], layer.values[:, :, :0]) for layer in part.layers] for part in _parts(cache)]
+
+
+def _allocated(
+    model: torch.nn.Module, shapes: list[list[tuple[Tensor, Tensor]]], batch: int, sizes: tuple[int, int]
+) -> EncoderDecoderCache:
+    config = model.config.get_text_config(decoder=True)
+    cache = EncoderDecoderCache(*(StaticCache(config=config, max_cache_len=size) for size in sizes))
+    others = {type(layer).__name__ for layer in _layers(cache)} - {StaticLayer.__name__}
+    if others:
+        raise TypeError(f"the cache has layers of type {others.pop()}")
+    for part, like in zip(_parts(cache), shapes, strict=True):
+        _allocate(part, like, batch)
+    return cache
 
 
 def _allocate(part: StaticCache, shapes: list[tuple[Tensor, Tensor]], batch: int) -> None:
@@ -104,7 +132,16 @@ def _allocate(part: StaticCache, shapes: list[tuple[Tensor, Tensor]], batch: int
 @torch.no_grad()
 def _empty(cache: EncoderDecoderCache) -> None:
     """Zeroed, because a masked value still meets its zero weight, and 0 * inf is nan."""
-    for part in (cache.self_attention_cache, cache.cross_attention_cache):
-        for layer in part.layers:
-            torch._foreach_zero_([layer.keys, layer.values, layer.cumulative_length])
+    for layer in _layers(cache):
+        torch._foreach_zero_([layer.keys, layer.values, layer.cumulative_length])
     cache.is_updated = dict.fromkeys(cache.is_updated, False)
+
+
+def _filled(prepared: EncoderDecoderCache, cache: EncoderDecoderCache) -> EncoderDecoderCache:
+    """The empty cache ``prepared`` with what ``cache`` holds, as if the model had written to it."""
+    for grown, part in zip(_parts(prepared), _parts(cache), strict=True):
+        for index, layer in enumerate(part.layers):
+            held = int(layer.cumulative_length)
+            grown.update(layer.keys[:, :, :held].clone(), layer.values[:, :, :held].clone(), index)
+    prepared.is_updated = dict(cache.is_updated)
+    return prepared

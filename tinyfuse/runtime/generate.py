@@ -45,7 +45,7 @@ def generate(runtime, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if reason := model_reason(model):
         runtime.fall_back(reason)
         encodes = isinstance(model, GenerationMixin) and model.config.is_encoder_decoder
-        if not encodes or encoder_decoder.unfit(model, call) or call_reason(model, call):
+        if not encodes or encoder_decoder.unfit(model) or call_reason(model, call):
             return stock(**call)
         loop = encoder_decoder.loop(runtime, streamer)
     else:

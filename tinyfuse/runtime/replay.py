@@ -16,18 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Graph
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tinyfuse import fallback
 from tinyfuse.graph.nodes import storage, writes
 from tinyfuse.op import metadata
-from tinyfuse.runtime.captured import Captured, CaptureStreams, NotCapturable, making
+from tinyfuse.runtime.captured import Captured, CaptureStreams, making
 
 DEVICES = ("cuda",)
 MOST = 16  # CUDA graphs of one compiled graph, those that have paid for themselves not counted
 PAID = 16  # replays that save what the recording took
 MOST_KINDS = 1024  # that are told apart
 MOST_BYTES = 1 << 22  # copied in at each call
+MOST_RETURNED = 1 << 25  # bytes that a graph holds beside what the caller gets
 SMALL = 1 << 16  # bytes that are sooner copied than recorded anew
 BUSY = 1.5  # times as long as Python takes: then the GPU does not wait for it
 
@@ -100,15 +101,14 @@ class Replay:
             return self.run(*args)
         device = next(arg.device for arg in args if isinstance(arg, Tensor))
         outputs, waits = _timed(self.run, args, device)
-        if waits:
+        if waits and sum(leaf.nbytes for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)) <= MOST_RETURNED:
             self.left -= 1
             try:
                 self.kinds[kind] = self._record(args, given, device)
-            except torch.OutOfMemoryError as error:  # of a copy of the caches, in most cases
-                fallback.note("backend", f"a graph is launched from Python: {error}")
-            except NotCapturable as error:
-                self.left = 0
-                self.kinds.clear()
+            except Exception as error:
+                if not isinstance(error, torch.OutOfMemoryError):
+                    self.left = 0
+                    self.kinds.clear()
                 fallback.note("backend", f"a graph is launched from Python, since it is no CUDA graph: {error}")
         return outputs
 
