@@ -76,13 +76,13 @@ def poison(q, v):
         torch.full((n,), float("nan"), device="cuda")
 
 
-def check(run, q, k, v, mask, is_causal):
+def check(run, q, k, v, mask, is_causal, softcap=None):
     scale = q.shape[-1] ** -0.5
     wide = mask if mask is None or mask.dtype == torch.bool else mask.double()
-    exact = reference(q.double(), k.double(), v.double(), wide, scale, is_causal)
-    eager = reference(q, k, v, mask, scale, is_causal)
+    exact = reference(q.double(), k.double(), v.double(), wide, scale, is_causal, softcap)
+    eager = reference(q, k, v, mask, scale, is_causal, softcap)
     poison(q, v)
-    out = run(q, k, v, mask, scale, is_causal)
+    out = run(q, k, v, mask, scale, is_causal, softcap=softcap)
     assert out.dtype == q.dtype and out.shape == exact.shape and out.transpose(1, 2).is_contiguous()
     assert_as_exact_as_eager("attention", out, eager, exact)
 
@@ -99,6 +99,17 @@ def test_prefill(shape, kind):
     torch.manual_seed(0)
     B, H, _, Sq, Skv, _, _ = shape
     check(prefill, *make_inputs(shape), *make_mask(kind, B, H, Sq, Skv, torch.bfloat16))
+
+
+@pytest.mark.parametrize("softcap", [0.5, 30.0])
+@pytest.mark.parametrize("kind", ["none", "causal flag", "left padded", "float"])
+@pytest.mark.parametrize("shape", [*DECODE[:2], *PREFILL[:3]])
+def test_softcap(shape, kind, softcap):
+    """The scores of the outlier channel are far above both."""
+    torch.manual_seed(0)
+    B, H, _, Sq, Skv, _, _ = shape
+    run = decode if Sq == 1 else prefill
+    check(run, *make_inputs(shape), *make_mask(kind, B, H, Sq, Skv, torch.bfloat16), softcap)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])

@@ -127,15 +127,16 @@ def test_a_busy_gpu_needs_no_graph(made, monkeypatch):
     assert len(made) == 1
 
 
+@pytest.mark.parametrize("more", [{}, {"cache_implementation": "static"}], ids=["ours", "transformers'"])
 @pytest.mark.parametrize("name", ["t5:Seq2SeqLM", "bart:Seq2SeqLM", "whisper:SpeechSeq2Seq"])
-def test_steps_on_a_static_cache(made, name):
+def test_steps_on_a_static_cache(made, name, more):
     model = encoders.make(name).cuda()
     fast = optimize(copy.deepcopy(model))
     for padding in (0, encoders.PADDING, 0):
         given = {n: v for n, v in encoders.inputs(model, padding).items() if n != "decoder_input_ids"}
         settings = {"max_new_tokens": 30, "min_new_tokens": 30, "do_sample": False}
         expected = model.generate(**given, **settings)
-        assert torch.equal(expected, fast.generate(**given, **settings, cache_implementation="static"))
+        assert torch.equal(expected, fast.generate(**given, **settings, **more))
     assert any(graph.replays > 20 for graph in made)
 
 
