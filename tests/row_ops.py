@@ -18,6 +18,7 @@ from tinyfuse.kernels import (
     rope_append,
     rope_append_attention,
     rope_tables,
+    softcap,
 )
 
 LAYOUTS = ["contiguous", "offset", "transposed", "fused view", "expanded", "outliers"]
@@ -49,6 +50,15 @@ def weights(shape, dtype, device):
         return w.to(dtype), None
     scale = w.abs().amax(-1) / 127
     return (w / scale[..., None]).round().to(torch.int8), scale
+
+
+def check_softcap(x, cap):
+    assert softcap.supports_triton(x, cap) is None
+    exact = cap * torch.tanh(x.double() / cap)
+    torch.full(x.shape, float("nan"), dtype=x.dtype, device=x.device)  # what the result's memory holds
+    out, eager = softcap.run_triton(x, cap), softcap.reference(x, cap)
+    assert out.is_contiguous() and out.dtype == x.dtype
+    assert_as_exact_as_eager("softcap", out, eager, exact)
 
 
 def check_rope_tables(B, S, half, scale, dtype, device):

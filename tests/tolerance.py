@@ -15,6 +15,7 @@ MULTIPLE = {
     "rope_tables": 1.1,  # the same roundings; under the interpreter another cosine
     "gated_act": 1.1,  # the same roundings; another exp
     "gated_act in steps": 1.5,  # eager code rounds in between: other errors, of which those at few outliers count
+    "softcap": 1.1,  # the same roundings; another tanh
     "attention": 2.0,  # the probabilities are rounded to the dtype, which SDPA's kernels do for some shapes only
 }
 # How far the fp32 logits of a whole model may be from stock's: sums in another order make 1e-5, one value rounded to 16

@@ -41,6 +41,7 @@ from tinyfuse.kernels import (
     rope_append,
     rope_append_attention,
     rope_tables,
+    softcap,
     step_counters,
 )
 from tinyfuse.kernels._triton import rehearsal
@@ -106,13 +107,14 @@ def test_norms_and_rotation(compiled):
     add_layer_norm.run_triton(x, x, gain, gain, 1e-5)
     for act in gated_act.ACTIVATIONS:
         gated_act.run_triton(x, x, act)
+    softcap.run_triton(x, 30.0)
     heads, table, cache, pos = ones(1, 4, 2, 64), ones(1, 1, 2, 64), ones(1, 4, 9, 64), torch.arange(2)
     for interleaved in (False, True):
         rope.run_triton(heads, table, table, interleaved)
         rope_append.run_triton(heads, heads, heads, table, table, cache, cache.clone(), pos, interleaved)
     kv_append.run_triton(cache, cache.clone(), heads, heads, pos)
     rope_tables.run_triton(pos[None], ones(32, dtype=torch.float32), 1.0, BF16)
-    assert len(set(compiled)) >= 6
+    assert len(set(compiled)) >= 7
 
 
 @pytest.mark.parametrize("D, heads, kv_heads, dtype", [(128, 4, 4, BF16), (64, 8, 2, torch.float32)])

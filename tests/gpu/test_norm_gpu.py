@@ -85,6 +85,14 @@ def test_gated_act(act):
         row_ops.check_gated_act(*row_ops.rows("outliers", 2 * N, dtype, "cuda", (1, 2, 9)).chunk(2, -1), act)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_softcap(dtype):
+    torch.manual_seed(0)
+    for layout in row_ops.LAYOUTS:
+        row_ops.check_softcap(row_ops.rows(layout, 341, dtype, "cuda"), 30.0)
+    row_ops.check_softcap(8 * torch.randn(3, 256_000, device="cuda").to(dtype), 30.0)
+
+
 def test_offsets_past_2_31():
     width = 2**16
     x = torch.empty(2**15 + 3, width, dtype=torch.bfloat16, device="cuda")

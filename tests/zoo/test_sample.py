@@ -7,6 +7,7 @@ import torch
 
 from tests.zoo.build import TYPES, build, config
 from tests.zoo.check import Exact, check, logits
+from tinyfuse.report import collect
 
 SAMPLE = ("gemma3n_text", "deepseek_v2")  # powers of tensors, keys shared by layers; latent attention, experts
 
@@ -24,6 +25,13 @@ def test_what_looks_beyond_its_tokens_has_no_static_cache(model_type: str) -> No
     result = check(model_type, ("generate",))
     assert not result.wrong
     assert any("static cache" in reason for reason in result.fallbacks)
+
+
+def test_the_softcap_of_logits_is_one_op() -> None:
+    torch._dynamo.reset()
+    with collect() as report:
+        logits(torch.compile(build("vaultgemma", torch.bfloat16), backend="tinyfuse"), 0)
+    assert [graph.ops["softcap"] for graph in report.graphs] == [1]
 
 
 def test_every_type_has_a_configuration() -> None:
