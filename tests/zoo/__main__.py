@@ -1,7 +1,7 @@
 """Every causal type, and the encoders of ``encoders.py``, against stock transformers, and what of them is fused.
 
     python -m tests.zoo [causal|encoders|TYPE ...] [--checks generate,int8,forward,bfloat16] [--jobs 2] [--json FILE]
-        [--device cuda] [--write]
+        [--device cuda] [--replays] [--write]
 
 A line per type: ok, or what differed, or why stock itself does not run it; then the sites fused of those found, summed
 over the types that run, and the reasons for the others. Exit status 1 if anything differed, or, where all checks run,
@@ -72,10 +72,12 @@ GROUPS = {
 ANCHORS = ("linear", "rms_norm", "layer_norm", "attention", "rope", "activation")
 
 
-def results(types: list[str], names: list[str], jobs: int, device: str) -> Iterator[tuple[Result, float]]:
+def results(
+    types: list[str], names: list[str], jobs: int, device: str, replays: bool
+) -> Iterator[tuple[Result, float]]:
     os.environ["OMP_NUM_THREADS"] = "1"
     with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
-        for future in as_completed([pool.submit(run, model_type, names, device) for model_type in types]):
+        for future in as_completed([pool.submit(run, model_type, names, device, replays) for model_type in types]):
             yield future.result()
 
 
@@ -178,11 +180,13 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--replays", action="store_true", help="on a CPU as on a GPU: graphs replayed on their buffers")
     parser.add_argument("--write", action="store_true", help="golden counts and pages of whole groups anew")
     options = parser.parse_args()
     wanted = [name for given in options.types or GROUPS for name in (GROUPS[given][3] if given in GROUPS else [given])]
     made = []
-    for result, seconds in results(wanted, options.checks.split(","), options.jobs, options.device):
+    names = options.checks.split(",")
+    for result, seconds in results(wanted, names, options.jobs, options.device, options.replays):
         made.append(result)
         print(line(result, seconds), flush=True)
     made.sort(key=lambda result: result.model_type)

@@ -35,6 +35,7 @@ from tests.zoo.results import (
 )
 from tinyfuse.api import optimize, restore
 from tinyfuse.quantize import quantize_
+from tinyfuse.runtime import encoder_decoder, replay
 
 LIMIT = 300  # seconds for one type
 CHOICES = {"topk", "sort", "argsort", "argmax"}
@@ -145,8 +146,11 @@ def check(model_type: str, names: Iterable[str] = CHECKS, device: str = "cpu") -
     return result
 
 
-def run(model_type: str, names: Iterable[str], device: str) -> tuple[Result, float]:
-    """In a process of its own: what was checked, and the seconds it took."""
+def run(model_type: str, names: Iterable[str], device: str, replays: bool) -> tuple[Result, float]:
+    """In a process of its own: what was checked, and the seconds it took. ``replays``: on a CPU too, where a graph that
+    is replayed runs on its buffers."""
+    if replays:
+        replay.DEVICES = encoder_decoder.DEVICES = ("cpu", "cuda")
     logging.disable(logging.WARNING)
     warnings.filterwarnings("ignore")
     disable_progress_bar()
