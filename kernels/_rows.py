@@ -182,6 +182,13 @@ def offset(row, n1, n2, s0, s1, s2, DIMS: tl.constexpr):
 
 
 @jit
+def block(per_row, BLOCK_N: tl.constexpr):
+    """(row, columns) of program r * per_row + i, which has block i of row r."""
+    row = tl.program_id(0) // per_row
+    return row, (tl.program_id(0) % per_row).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+
+
+@jit
 def prefetch(pointer, N: tl.constexpr, BLOCK_N: tl.constexpr):
     """Bring N values into L2 before ``gdc_wait``: unlike a load, safe even if they are not written yet.
 

@@ -61,12 +61,10 @@ def _gated_act(
     gate, up, y, N, per_row, n1, n2, g_0, g_1, g_2, u_0, u_1, u_2, y_0, y_1, y_2,
     ACT: tl.constexpr, BLOCK_N: tl.constexpr, DIMS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program r * per_row + i: block i of row r."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    row = tl.program_id(0) // per_row
-    col = (tl.program_id(0) % per_row).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row, col = _rows.block(per_row, BLOCK_N)
     g = tl.load(gate + _rows.offset(row, n1, n2, g_0, g_1, g_2, DIMS) + col, mask=col < N, other=0.0)
     u = tl.load(up + _rows.offset(row, n1, n2, u_0, u_1, u_2, DIMS) + col, mask=col < N, other=0.0)
     out = activate(g.to(tl.float32), ACT).to(g.dtype).to(tl.float32) * u.to(tl.float32)

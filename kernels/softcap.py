@@ -29,12 +29,10 @@ def _softcap(
     x, y, N, cap, per_row, n1, n2, x_0, x_1, x_2, y_0, y_1, y_2,
     BLOCK_N: tl.constexpr, DIMS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program r * per_row + i: block i of row r."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    row = tl.program_id(0) // per_row
-    col = (tl.program_id(0) % per_row).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row, col = _rows.block(per_row, BLOCK_N)
     value = tl.load(x + _rows.offset(row, n1, n2, x_0, x_1, x_2, DIMS) + col, mask=col < N, other=0.0)
     share = (value.to(tl.float32) / cap).to(value.dtype).to(tl.float32)
     bounded = capped(share, 1.0).to(value.dtype).to(tl.float32)
