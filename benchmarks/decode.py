@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-import json
 import statistics
 import time
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import StaticCache
 
 from tinyfuse.bench import measure, models
-from tinyfuse.bench.environment import environment
+from tinyfuse.bench.environment import append, environment
 from tinyfuse.bench.run import WARM_UPS, Prepared, prepare
 from tinyfuse.bench.variants import VARIANTS, Variant
 
@@ -217,17 +216,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    gpu = torch.cuda.get_device_name().lower().replace("nvidia", "").split()[0]
-    path = options.out / f"decode-{gpu}.json"
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     for name in options.cases or CASES:
         torch.cuda.empty_cache()
         result = measured(CASES[name], options.torchao, options.repeats)
         show(name, result)
-        record = {"case": name, "environment": environment(DEVICE), **result}
-        kept = json.loads(path.read_text()) if path.exists() else []
-        path.write_text(json.dumps([*kept, record], indent=1) + "\n")
+        append(options.out, "decode", {"case": name, "environment": environment(DEVICE), **result})
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq, T5Con
 
 import tinyfuse
 from tinyfuse.bench import measure, models
-from tinyfuse.bench.environment import environment
+from tinyfuse.bench.environment import append, environment
 
 GEN = 128
 WARM_UPS = 3  # the third call of a kind is recorded
@@ -86,17 +85,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
     device = torch.device(options.device)
     block = environment(device)
-    name = block["gpu"].lower().replace("nvidia", "").split()[0] if block["gpu"] else "cpu"
-    path = options.out / f"encoder-decoder-{name}.json"
     for case in options.cases or CASES:
         record = {"environment": block, **measured(case, device, options.repeats)}
         for variant, row in record["rows"].items():
             print(f"{case:14} {variant:14} first token {row['ttft_ms']:8.2f} ms, {row['tpot_ms']:7.3f} ms a token")
-        kept = json.loads(path.read_text()) if path.exists() else []
-        path.write_text(json.dumps([*kept, record], indent=1) + "\n")
+        append(options.out, "encoder-decoder", record)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import torch
 
 import tinyfuse
 from tinyfuse.bench import models
-from tinyfuse.bench.environment import environment
+from tinyfuse.bench.environment import append, environment
 
 PROMPT = GEN = 128
 CACHES = ("TRITON_CACHE_DIR", "TINYFUSE_CACHE")
@@ -71,11 +71,7 @@ def main() -> None:
                 seconds = in_its_own_process(options.preset, caches)
                 record[kind].append(seconds)
                 print(kind, {name: round(value, 2) for name, value in seconds.items()}, flush=True)
-    options.out.mkdir(parents=True, exist_ok=True)
-    gpu = record["environment"]["gpu"].lower().replace("nvidia", "").split()[0]
-    path = options.out / f"first-call-{gpu}.json"
-    kept = json.loads(path.read_text()) if path.exists() else []
-    path.write_text(json.dumps([*kept, record], indent=1) + "\n")
+    append(options.out, "first-call", record)
 
 
 if __name__ == "__main__":

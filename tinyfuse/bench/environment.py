@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import shlex
@@ -68,6 +69,16 @@ def cpu_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def append(folder: Path, name: str, record: dict[str, Any]) -> None:
+    """Add ``record``, which holds its ``environment``, to the list in ``<name>-<gpu, or cpu>.json``."""
+    gpu = record["environment"]["gpu"]
+    device = gpu.lower().replace("nvidia", "").split()[0] if gpu else "cpu"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}-{device}.json"
+    kept = json.loads(path.read_text()) if path.exists() else []
+    path.write_text(json.dumps([*kept, record], indent=1) + "\n")
 
 
 def _gpu(device: torch.device) -> dict[str, Any]:
