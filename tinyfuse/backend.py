@@ -132,6 +132,6 @@ def compile_graph(traced: Graph, replays: bool = False) -> Callable[..., Any]:
     bound_masks(graph)
     drop_dead(graph)
     run, choices = lower(graph)
-    if replays and (written := replay.written(traced)) is not None:
+    if replays and (written := replay.written_arguments(traced)) is not None:
         run = replay.Replay(run, written)
     return account(run, traced, copies, outcome, choices)

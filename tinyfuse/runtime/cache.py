@@ -8,7 +8,7 @@ chunks, or it cannot be told which mask is the layer's; then the window lives in
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,11 +33,31 @@ def cache_length(tokens: int) -> int:
     return length
 
 
-def kept_bytes(device: torch.device) -> int:
-    """How much memory caches that stand by may hold."""
-    if device.type != "cuda":
-        return 1 << 30
-    return int(torch.cuda.get_device_properties(device).total_memory * KEPT_SHARE)
+def make_room(kept: OrderedDict[Any, Any], nbytes: Callable[[Any], int], device: torch.device) -> None:
+    """Drop caches that stand by, least recently used first, until one more may."""
+    share = 1 << 30
+    if device.type == "cuda":
+        share = int(torch.cuda.get_device_properties(device).total_memory * KEPT_SHARE)
+    while kept and (len(kept) >= KEPT or sum(map(nbytes, kept.values())) > share):
+        kept.popitem(last=False)
+
+
+def held_bytes(layers: Iterable[StaticLayer]) -> int:
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+
+
+@torch.no_grad()
+def empty(layers: Sequence[StaticLayer]) -> None:
+    """Forget the tokens. Zeroed, because a masked value still meets its zero weight, and 0 * inf is nan."""
+    torch._foreach_zero_([tensor for layer in layers for tensor in (layer.keys, layer.values)])
+    torch._foreach_zero_([layer.cumulative_length for layer in layers])
+
+
+def fill(cache: DynamicCache, held: StaticCache, tokens: int) -> None:
+    """Copy the first ``tokens`` positions of ``held`` into the empty ``cache``, as if the model had written to it."""
+    for index, layer in enumerate(held.layers):
+        if isinstance(layer, StaticLayer):
+            cache.update(layer.keys[:, :, :tokens].clone(), layer.values[:, :, :tokens].clone(), index)
 
 
 @dataclass
@@ -66,18 +86,10 @@ class Slot:
                 layer.filling = filling
 
     def nbytes(self) -> int:
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers())
+        return held_bytes(self.layers())
 
     def reset(self) -> None:
-        """Forget the tokens. Zeroed, because a masked value still meets its zero weight, and 0 * inf is nan."""
-        torch._foreach_zero_([tensor for layer in self.layers() for tensor in (layer.keys, layer.values)])
-        torch._foreach_zero_(self.counters())
-
-    def fill(self, cache: DynamicCache, tokens: int) -> None:
-        """Copy the first ``tokens`` positions into the empty ``cache``, as if the model had written to it."""
-        for index, layer in enumerate(self.cache.layers):
-            if isinstance(layer, StaticLayer):
-                cache.update(layer.keys[:, :, :tokens].clone(), layer.values[:, :, :tokens].clone(), index)
+        empty(self.layers())
 
 
 class NotPlain(Exception):
@@ -164,9 +176,7 @@ class CachePool:
 
     def _evict(self) -> None:
         layers = [shapes for shapes in self.shapes if shapes is not None]
-        share = kept_bytes(layers[0][0].device if layers else torch.device("cpu"))
-        while self.slots and (len(self.slots) >= KEPT or sum(slot.nbytes() for slot in self.slots.values()) > share):
-            self.slots.popitem(last=False)
+        make_room(self.slots, Slot.nbytes, layers[0][0].device if layers else torch.device("cpu"))
 
 
 def _layer_types(model: torch.nn.Module) -> list[str]:
@@ -190,7 +200,7 @@ def _probe(model: torch.nn.Module, forward: Callable[..., Any]) -> tuple[list[tu
             cache = _static_cache(model, 4)
             forward(input_ids=ids, past_key_values=cache, use_cache=True)
         written = [(layer.keys, layer.values) if isinstance(layer, StaticLayer) else None for layer in cache.layers]
-        shapes = [like and tuple(map(_none_of, like)) for like in written]
+        shapes = [like and tuple(map(none_of, like)) for like in written]
         cache = _static_cache(model, 4)
         for layer, like in zip(cache.layers, shapes, strict=True):
             if like is not None:
@@ -221,7 +231,7 @@ def _imagined(model: torch.nn.Module, forward: Callable[..., Any], ids: Tensor) 
     return cache
 
 
-def _none_of(tensor: Tensor) -> Tensor:
+def none_of(tensor: Tensor) -> Tensor:
     """``tensor`` [B, H, L, D] without batch and length."""
     return torch.empty((1, tensor.shape[1], 0, tensor.shape[3]), dtype=tensor.dtype, device=tensor.device)
 

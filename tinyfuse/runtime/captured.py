@@ -75,8 +75,8 @@ class Captured:
                     try:
                         run()
                     finally:
-                        for tensor, value in zip(state, held, strict=True):
-                            tensor.copy_(value)
+                        if state:
+                            torch._foreach_copy_(state, held)
             torch.cuda.current_stream(device).wait_stream(stream)
             torch.cuda.synchronize(device)
             with torch.cuda.stream(stream), _own_workspaces():

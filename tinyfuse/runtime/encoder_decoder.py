@@ -7,7 +7,7 @@ CUDA graph to replay. With caches that grow, Python would launch every kernel of
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCache, StaticLayer
 from transformers.generation.stopping_criteria import MaxLengthCriteria
 
-from tinyfuse.runtime.cache import KEPT, cache_length, kept_bytes
+from tinyfuse.runtime.cache import cache_length, empty, fill, held_bytes, make_room, none_of
 
 DEVICES = ("cuda",)
 
@@ -38,19 +38,17 @@ class Caches:
             try:
                 if place not in self.shapes:
                     self.shapes[place] = _shapes(runtime, ids, encoded)
-                self._evict(states.device)
+                make_room(self.kept, lambda cache: held_bytes(_layers(cache)), states.device)
                 self.kept[key] = _allocated(runtime.model, self.shapes[place], len(ids), sizes)
             except Exception as error:
                 self.kept.clear()
                 runtime.fall_back(f"decoded on a cache that grows: {type(error).__name__}: {error}", asked=True)
                 return None
         self.kept.move_to_end(key)
-        _empty(self.kept[key])
-        return self.kept[key]
-
-    def _evict(self, device: torch.device) -> None:
-        while self.kept and (len(self.kept) >= KEPT or sum(map(_nbytes, self.kept.values())) > kept_bytes(device)):
-            self.kept.popitem(last=False)
+        cache = self.kept[key]
+        empty(_layers(cache))
+        cache.is_updated = dict.fromkeys(cache.is_updated, False)
+        return cache
 
 
 def loop(runtime, streamer: Any) -> Callable[..., Any]:
@@ -86,12 +84,8 @@ def _parts(cache: EncoderDecoderCache) -> tuple[Any, Any]:
     return cache.self_attention_cache, cache.cross_attention_cache
 
 
-def _layers(cache: EncoderDecoderCache) -> Iterator[StaticLayer]:
-    return (layer for part in _parts(cache) for layer in part.layers)
-
-
-def _nbytes(cache: EncoderDecoderCache) -> int:
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in _layers(cache))
+def _layers(cache: EncoderDecoderCache) -> list[StaticLayer]:
+    return [layer for part in _parts(cache) for layer in part.layers]
 
 
 @torch.no_grad()
@@ -102,7 +96,7 @@ def _shapes(runtime, ids: Tensor, encoded: Any) -> list[list[tuple[Tensor, Tenso
     runtime.stock("forward")(
         decoder_input_ids=ids[:1, :1], encoder_outputs=states, past_key_values=cache, use_cache=True
     )
-    return [[(layer.keys[:, :, :0], layer.values[:, :, :0]) for layer in part.layers] for part in _parts(cache)]
+    return [[(none_of(layer.keys), none_of(layer.values)) for layer in part.layers] for part in _parts(cache)]
 
 
 def _allocated(
@@ -129,19 +123,9 @@ def _allocate(part: StaticCache, shapes: list[tuple[Tensor, Tensor]], batch: int
                 torch._dynamo.maybe_mark_dynamic(tensor, 2)
 
 
-@torch.no_grad()
-def _empty(cache: EncoderDecoderCache) -> None:
-    """Zeroed, because a masked value still meets its zero weight, and 0 * inf is nan."""
-    for layer in _layers(cache):
-        torch._foreach_zero_([layer.keys, layer.values, layer.cumulative_length])
-    cache.is_updated = dict.fromkeys(cache.is_updated, False)
-
-
 def _filled(prepared: EncoderDecoderCache, cache: EncoderDecoderCache) -> EncoderDecoderCache:
     """The empty cache ``prepared`` with what ``cache`` holds, as if the model had written to it."""
     for grown, part in zip(_parts(prepared), _parts(cache), strict=True):
-        for index, layer in enumerate(part.layers):
-            held = int(layer.cumulative_length)
-            grown.update(layer.keys[:, :, :held].clone(), layer.values[:, :, :held].clone(), index)
+        fill(grown, part, int(part.layers[0].cumulative_length))
     prepared.is_updated = dict(cache.is_updated)
     return prepared

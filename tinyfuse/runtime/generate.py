@@ -22,7 +22,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerationMixin
 
 from tinyfuse.runtime import encoder_decoder
-from tinyfuse.runtime.cache import Slot
+from tinyfuse.runtime.cache import Slot, fill
 from tinyfuse.runtime.prompt import prefill
 from tinyfuse.runtime.step import Inputs, NotAdvanceable, Step, block_rows, kind
 from tinyfuse.runtime.tail import Choice, Tail, choice
@@ -491,7 +491,7 @@ class Loop:
         sequences = self.ids(count)
         if not self.config.return_dict_in_generate:
             return sequences
-        self.slot.fill(prepared, prompt + count - 1)
+        fill(prepared, self.slot.cache, prompt + count - 1)
         return GenerateDecoderOnlyOutput(
             sequences=sequences,
             scores=tuple(self.scores[:count]) if self.keeps_scores else None,

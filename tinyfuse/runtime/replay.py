@@ -19,7 +19,8 @@ from torch.fx import Graph
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tinyfuse import fallback
-from tinyfuse.graph.nodes import storage, writes
+from tinyfuse.graph.nodes import storage
+from tinyfuse.graph.share import written
 from tinyfuse.op import metadata
 from tinyfuse.runtime.captured import Captured, CaptureStreams, making
 
@@ -33,11 +34,11 @@ SMALL = 1 << 16  # bytes that are sooner copied than recorded anew
 BUSY = 1.5  # times as long as Python takes: then the GPU does not wait for it
 
 
-def written(traced: Graph) -> set[int] | None:
+def written_arguments(traced: Graph) -> set[int] | None:
     """Which arguments of Dynamo's graph it writes; None if it returns one, as itself or as a view."""
     arguments = [storage(node) for node in traced.find_nodes(op="placeholder")]
     returned = set(map(storage, traced.output_node().all_input_nodes)) - {None}
-    changed = {storage(node) for writer in traced.nodes for node in writes(writer)} - {None}
+    changed = written(traced)
     return None if returned & set(arguments) else {i for i, memory in enumerate(arguments) if memory in changed}
 
 
@@ -59,9 +60,7 @@ class Replay:
         self.last: torch.cuda.Stream | None = None
 
     def __call__(self, *args: Any) -> Any:
-        if not self.left and not self.kinds:
-            return self.run(*args)
-        if making():
+        if making() or not (self.left or self.kinds):
             return self.run(*args)
         with self.lock:
             self._find_weights(args)
