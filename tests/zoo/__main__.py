@@ -51,9 +51,9 @@ further from fp32 than 1.5 times stock; int8 against the quantised model run pla
 `restore` to the bit. Numbers are sites fused of those found in all of these graphs. Made by
 `python -m tests.zoo encoders --write`.
 
-`generate` of an encoder-decoder is transformers' own loop; the encoder and each step of the decoder are compiled, three
-graphs for all lengths. DeBERTa v1 reads a size from a tensor between the products of its attention: Dynamo breaks the
-graph there, so that no graph holds a whole attention.
+`generate` of an encoder-decoder is transformers' own loop; the encoder and each step of the decoder are compiled, at
+most three graphs for all lengths. DeBERTa v1 reads a size from a tensor between the products of its attention: Dynamo
+breaks the graph there, so that no graph holds a whole attention.
 """
 TEXT = """
 {fine} of {all} types equal stock. Beside the others stands what stock itself raises.
