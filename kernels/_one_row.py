@@ -1,8 +1,8 @@
 """Matrix-vector products for one row of x: y_i = W_i x (* scale_i) (+ bias_i) (+ residual), or act(W_0 x) (* (W_1 x)).
 
-A program loads all of its weight rows before it waits for the kernel that makes x, in memory order. Int8 weights meet
-int8 digits of x (``_gemm.split``) four at a time in ``dp4a``, with exact int32 sums and no conversion of a weight;
-16-bit weights are widened and summed in fp32.
+With int8 weights there may be up to four rows, one after the other. A program loads all of its weight rows before
+it waits for the kernel that makes x, in memory order. Int8 weights meet int8 digits of x (``_gemm.split``) four at a
+time in ``dp4a``, with exact int32 sums and no conversion of a weight; 16-bit weights are widened and summed in fp32.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from torch import Tensor
 from tinyfuse.kernels import _rows
 from tinyfuse.kernels._gemm import Split, digit_count, split
 from tinyfuse.kernels._gemv import pick, three
+from tinyfuse.kernels._gemv import rows as rows_of
 from tinyfuse.kernels._rows import Norm
-from tinyfuse.kernels._triton import Launch, aligned, interpreted, jit, pdl, tl, triton
+from tinyfuse.kernels._triton import Launch, interpreted, jit, pdl, tl, triton
 from tinyfuse.kernels.gated_act import activate
 
 
@@ -93,11 +94,11 @@ def _one_row(
     x, x_scale, gain, residual, w0, w1, w2, s0, s1, s2, b0, b1, b2, y0, y1, y2,
     n0, n1, n2, stride0, stride1, stride2, first1, first2, eps,
     EACH: tl.constexpr, COUNT: tl.constexpr, VECTOR: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr,
-    MEMBERS: tl.constexpr, ACT: tl.constexpr, ROWS: tl.constexpr, DIGITS: tl.constexpr, NORM: tl.constexpr,
-    UNIT_OFFSET: tl.constexpr, CAST_FIRST: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr,
+    M: tl.constexpr, MEMBERS: tl.constexpr, ACT: tl.constexpr, ROWS: tl.constexpr, DIGITS: tl.constexpr,
+    NORM: tl.constexpr, UNIT_OFFSET: tl.constexpr, CAST_FIRST: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows of one weight, or of each of two under ACT. ``first``: its first program. int8: x is [DIGITS, K]
-    digits. NORM: the 16-bit weights meet the RMS norm of x. EACH to STEPS: :func:`steps`."""
+    """ROWS rows of one weight, or of each of two under ACT. ``first``: its first program. int8: x is [DIGITS, M, K]
+    digits; else M is 1. NORM: the 16-bit weights meet the RMS norm of x. EACH to STEPS: :func:`steps`."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     INT: tl.constexpr = tl.int8 == w0.dtype.element_ty
@@ -146,48 +147,48 @@ def _one_row(
     if PDL:
         tl.extra.cuda.gdc_wait()
 
-    at_x = x + i
-    if INT:
-        number = tl.load(x_scale)
-        scale *= number
-        scale2 *= number
-        total = digit_sums(at_x, COUNT, tiles, i, COUNT, ROWS, STEP, DIGITS, ASM)
-        if PAIR:
-            total2 = digit_sums(at_x, COUNT, tiles2, i, COUNT, ROWS, STEP, DIGITS, ASM)
-    else:
-        total = tl.zeros([ROWS, STEP // VECTOR], tl.float32)
-        total2 = total
+    if NORM:
         values = ()
         for step in tl.static_range(STEPS):
-            values += (load(at_x, i, step, COUNT, STEP, "").to(tl.float32),)
-        if NORM:
-            values = _normed(values, gains, eps, COUNT, x.dtype.element_ty, UNIT_OFFSET, CAST_FIRST)
-        for step in tl.static_range(STEPS):
-            v = values[step]
-            total += lanes(tiles[step].to(tl.float32) * v, ROWS, STEP, VECTOR)
+            values += (load(x + i, i, step, COUNT, STEP, "").to(tl.float32),)
+        values = _normed(values, gains, eps, COUNT, x.dtype.element_ty, UNIT_OFFSET, CAST_FIRST)
+    for m in tl.static_range(M):
+        total = tl.zeros([ROWS, STEP // VECTOR], tl.float32)
+        total2 = total
+        number = 1.0
+        if INT:
+            number = tl.load(x_scale + m)
+            at_x = x + m * COUNT + i
+            total = digit_sums(at_x, M * COUNT, tiles, i, COUNT, ROWS, STEP, DIGITS, ASM)
             if PAIR:
-                total2 += lanes(tiles2[step].to(tl.float32) * v, ROWS, STEP, VECTOR)
-    value = tl.sum(total, 1) * scale + bias
-    if ACT != "":
-        value = activate(value, ACT)
-    if PAIR:
-        value *= tl.sum(total2, 1) * scale2 + bias2
-    if residual is not None:
-        value += tl.load(residual + row, mask=live, other=0.0).to(tl.float32)
-    tl.store(y + row, value.to(y.dtype.element_ty), mask=live)
+                total2 = digit_sums(at_x, M * COUNT, tiles2, i, COUNT, ROWS, STEP, DIGITS, ASM)
+        else:
+            for step in tl.static_range(STEPS):
+                v = values[step] if NORM else load(x + i, i, step, COUNT, STEP, "").to(tl.float32)
+                total += lanes(tiles[step].to(tl.float32) * v, ROWS, STEP, VECTOR)
+                if PAIR:
+                    total2 += lanes(tiles2[step].to(tl.float32) * v, ROWS, STEP, VECTOR)
+        value = tl.sum(total, 1) * (scale * number) + bias
+        if ACT != "":
+            value = activate(value, ACT)
+        if PAIR:
+            value *= tl.sum(total2, 1) * (scale2 * number) + bias2
+        if residual is not None:
+            value += tl.load(residual + m * n + row, mask=live, other=0.0).to(tl.float32)
+        tl.store(y + m * n + row, value.to(y.dtype.element_ty), mask=live)
 
 
 @lru_cache(4096)
 def _bind(
-    k: int, sizes: tuple[int, ...], strides: tuple[int, ...], act: str, rows: int, warps: int,
-    count: int, norm: tuple[float, bool, bool] | None, ahead: bool, int8: bool, *_dtypes_device: Any,
+    m: int, k: int, sizes: tuple[int, ...], strides: tuple[int, ...], act: str, rows: int, warps: int, count: int,
+    norm: tuple[float, bool, bool] | None, ahead: bool, int8: bool, *_dtypes_device: Any,
 ) -> Launch:  # fmt: skip
     """count: digits; norm: eps, unit_offset, cast_first."""
     eps, *flags = norm or (0.0, False, False)
     blocks = [triton.cdiv(n, rows) for n in (sizes[:1] if act else sizes)]
     scalars = (
-        *three(sizes), *three(strides), blocks[0], sum(blocks[:2]), eps, *steps(k, int8, warps), len(sizes), act, rows,
-        count, norm is not None, *flags, ahead, not interpreted(),
+        *three(sizes), *three(strides), blocks[0], sum(blocks[:2]), eps, *steps(k, int8, warps), m,
+        len(sizes), act, rows, count, norm is not None, *flags, ahead, not interpreted(),
     )  # fmt: skip
     return Launch(_one_row, (sum(blocks),), scalars, warps, ahead)
 
@@ -200,10 +201,19 @@ def steps(k: int, int8: bool, warps: int) -> tuple[int, ...]:
     return each, count, vector, step, triton.cdiv(count, step)
 
 
-def tile(k_bytes: int, n: int, int8: bool, pair: bool, norm: bool = False) -> tuple[int, int]:
+def most_rows(x: Tensor, weights: list[Tensor]) -> int:
+    """The rows of x up to which this kernel was faster with int8 weights than the tensor cores, on an H200."""
+    if digit_count(x.dtype) > 2:
+        return 1
+    return 4 if sum(w.shape[0] for w in weights) * x.shape[-1] <= 4096 * 4096 else 2
+
+
+def tile(k_bytes: int, n: int, int8: bool, pair: bool, norm: bool = False, m: int = 1) -> tuple[int, int]:
     """(weight rows of a program, its warps), as measured on an H200; at most 128 registers of weights to a thread.
     Every program makes the norm anew: larger ones make it less often."""
-    if int8:
+    if m > 1:
+        rows, warps = 2 if pair else 4, min(8, 1 << max(1, k_bytes // 2048).bit_length() - 1)
+    elif int8:
         rows, warps = (2, 8) if k_bytes > 8192 else (4, 4) if n >= 8192 and k_bytes > 2048 else (4, 2)
         rows, warps = (8, 1) if k_bytes <= 1024 else (rows, warps)
         rows, warps = (2, 1) if pair and k_bytes <= 4096 else (rows, warps)
@@ -221,24 +231,22 @@ def one_row(
     residual: Tensor | None = None, act: str = "", config: tuple[int, int] | None = None,
     norm: Norm | None = None, digits: Split = split,
 ) -> list[Tensor]:  # fmt: skip
-    """x [..., K] of one row; else as :func:`_gemv.gemv`. 16-bit weights meet x or its ``norm``, int8 weights the
-    ``digits`` of x, or of what they make of x."""
-    lead, k = x.shape[:-1], x.shape[-1]
-    x = x.reshape(k)
-    if x.stride(0) != 1 or not aligned(x):
-        x = x.clone(memory_format=torch.contiguous_format)
+    """x [..., K] of one row, with int8 weights of up to four; else as :func:`_gemv.gemv`. 16-bit weights meet x or its
+    ``norm``, int8 weights the ``digits`` of x, or of what they make of x."""
+    lead, x = x.shape[:-1], rows_of(x)
+    m, k = x.shape
     int8 = weights[0].dtype == torch.int8
     sizes = tuple([w.shape[0] for w in weights])
-    config = config or tile(k if int8 else 2 * k, sum(sizes), int8, act != "" and len(sizes) == 2, norm is not None)
+    config = config or tile(k if int8 else 2 * k, sum(sizes), int8, act != "" and len(sizes) == 2, norm is not None, m)
     outs = [x.new_empty((*lead, n)) for n in (sizes[:1] if act else sizes)]
-    residual = None if residual is None else residual.reshape(sizes[0]).contiguous()
+    residual = None if residual is None else residual.reshape(m, sizes[0]).contiguous()
     gain = None if norm is None else norm.weight
     count = digit_count(x.dtype)
     launch = _bind(
-        k, sizes, tuple([w.stride(0) for w in weights]), act, *config, count, norm and norm[1:], pdl(x.device), int8,
+        m, k, sizes, tuple([w.stride(0) for w in weights]), act, *config, count, norm and norm[1:], pdl(x.device), int8,
         x.dtype, x.device, biases[0] is None or biases[0].dtype, residual is None or residual.dtype,
         gain is None or gain.dtype,
     )  # fmt: skip
-    operand, x_scale = digits(x[None], count, 1, 0) if int8 else (x, None)
+    operand, x_scale = digits(x, count, m, 0) if int8 else (x, None)
     launch(operand, x_scale, gain, residual, *three(weights), *three(scales), *three(biases), *three(outs))
     return outs

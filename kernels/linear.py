@@ -68,11 +68,11 @@ def few_rows_reason(
     x: Tensor, weights: list[Tensor], scales: list[Tensor | None], biases: list[Tensor | None]
 ) -> str | None:
     """Why :func:`few_rows` does not run these."""
-    most = 1 if scales[0] is not None else _gemv.MOST_ROWS
-    if _rows(x) > most:
-        return f"the GPU matrix-vector products take at most {most} rows of x"
     if len(weights) > 3:
         return "the GPU matrix-vector products take at most 3 weights together"
+    most = _gemv.MOST_ROWS if scales[0] is None else _one_row.most_rows(x, weights)
+    if _rows(x) > most:
+        return f"the GPU matrix-vector products take at most {most} rows of x with these weights"
     return _gemv.reason(x, weights, scales, biases)
 
 
@@ -87,7 +87,7 @@ def few_rows(
     residual: Tensor | None = None, act: str = "",
 ) -> list[Tensor]:  # fmt: skip
     """The kernel that measured faster for so few rows."""
-    if _rows(x) == 1:
+    if _rows(x) == 1 or scales[0] is not None:
         return _one_row.one_row(x, weights, scales, biases, residual, act)
     return _gemv.gemv(x, weights, biases, residual, act)
 

@@ -50,8 +50,8 @@ def supports_one_row(
     x: Tensor, weight: Tensor | None, eps: float, unit_offset: bool, cast_first: bool,
     weights: list[Tensor], scales: list[Tensor | None], biases: list[Tensor | None],
 ) -> str | None:  # fmt: skip
-    if x.numel() != x.shape[-1]:
-        return "the fused norm and matrix-vector product take one row of x"
+    if scales[0] is None and x.numel() != x.shape[-1]:
+        return "the norm goes into matrix-vector products of 16-bit weights for one row of x"
     return _norm_digits.reason(x, weight) or linear.few_rows_reason(x, weights, scales, biases)
 
 

@@ -42,11 +42,12 @@ def eager(x, w, scale, bias=None, residual=None):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("int8", [False, True])
-@pytest.mark.parametrize("config", [(4, 1), (2, 2)])
-def test_one_row(int8, config, dtype):
+@pytest.mark.parametrize("config, M", [((4, 1), 1), ((2, 2), 1), ((4, 1), 3)])
+def test_one_row_or_some_of_int8(int8, config, M, dtype):
     torch.manual_seed(0)
-    x = rows(1, dtype=dtype)
-    args = [x, *weights(7, torch.int8 if int8 else dtype), torch.randn(7).to(dtype), torch.randn(1, 7).to(dtype)]
+    M = M if int8 else 1
+    x = rows(M, dtype=dtype)
+    args = [x, *weights(7, torch.int8 if int8 else dtype), torch.randn(7).to(dtype), torch.randn(M, 7).to(dtype)]
     (out,) = _one_row.one_row(x, [args[1]], [args[2]], [args[3]], args[4], config=config)
     assert_as_exact_as_eager("linear", out, eager(*args), exact(*args))
     pairs = [weights(N, torch.int8 if int8 else dtype) for N in (5, 8, 1)]
@@ -168,7 +169,7 @@ def test_declines():
 
 @pytest.mark.parametrize("unit_offset, cast_first", [(False, True), (True, False), (False, False)])
 @pytest.mark.parametrize("int8", [False, True])
-@pytest.mark.parametrize("M", [1, 11])
+@pytest.mark.parametrize("M", [1, 2, 11])
 def test_norm_in_front(M, int8, unit_offset, cast_first):
     torch.manual_seed(0)
     x = torch.randn(1, M, K).bfloat16()
@@ -179,15 +180,15 @@ def test_norm_in_front(M, int8, unit_offset, cast_first):
     given = [linear.dequantize(w, s, x.dtype) for w, s in pairs]
     full = [w.double() if s is None else w.double() * s.double()[:, None] for w, s in pairs]
     args = [list(part) for part in zip(*pairs, strict=True)]
-    op = rms_norm_linear_group
-    outs = (op.run_one_row if M == 1 else op.run_tensor_core if int8 else op.run_each)(x, *norm, *args, [None] * 3)
+    op, few = rms_norm_linear_group, M == 1 or (int8 and M == 2)
+    outs = (op.run_one_row if few else op.run_tensor_core if int8 else op.run_each)(x, *norm, *args, [None] * 3)
     near = op.reference(x, *norm, given, [None] * 3, [None] * 3)
     true = op.reference(x.double(), *wide_norm, full, [None] * 3, [None] * 3)
     assert [out.shape for out in outs] == [(1, M, len(w)) for w, _ in pairs]
     assert_as_exact_as_eager("linear_group", *(torch.cat(parts, -1) for parts in (outs, near, true)))
     gate, up = pairs[0], weights(65, torch.int8 if int8 else x.dtype)
     operands = gate[0], up[0], gate[1], up[1], None, None, "silu"
-    run = rms_norm_gated_linear.run_one_row if M == 1 else rms_norm_gated_linear.run_each
+    run = rms_norm_gated_linear.run_one_row if few else rms_norm_gated_linear.run_each
     out = run(x, *norm, *operands)
     up16 = linear.dequantize(*up, x.dtype)
     up64 = up[0].double() if up[1] is None else up[0].double() * up[1].double()[:, None]
