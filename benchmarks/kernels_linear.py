@@ -31,8 +31,14 @@ SINGLE = [
     (12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008), (32000, 4096), (6144, 4096), (28672, 4096),
     (4096, 14336), (128256, 4096), (2048, 2048), (16384, 2048), (2048, 8192), (128256, 2048), (151936, 1024),
 ]  # fmt: skip
-MANY = [(12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008)]
-ROWS = [1, 2, 4, 8, 9, 16, 17, 32, 33, 64, 65, 128, 256, 512, 1024, 2048]
+MANY = [(12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008)]  # Llama-2-7B
+OTHERS = [
+    (3072, 2048), (2048, 2048), (16384, 2048), (2048, 8192),  # 1B
+    (6144, 4096), (28672, 4096), (4096, 14336),  # 8B
+    (10240, 8192), (8192, 8192), (57344, 8192), (8192, 28672),  # 70B
+]  # fmt: skip
+FEW = [1, 2, 3, 4, 8, 9, 16, 17, 32, 64]
+ROWS = [*FEW[:9], 33, 64, 65, 128, 256, 512, 1024, 2048]
 LAYER = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]
 LAYERS = 32
 ONE_ROW = [(rows, warps) for warps in (2, 4, 8) for rows in (1, 2, 4, 8)]
@@ -209,6 +215,7 @@ def warm(job: tuple) -> str | None:
 def compile_all(sweep: bool) -> None:
     jobs = [("op", 1, K, int8, None) for K in sorted({K for _, K in SINGLE}) for int8 in (False, True)]
     jobs += [("op", M, K, True, None) for K in sorted({K for _, K in MANY}) for M in ROWS]
+    jobs += [("op", M, K, True, None) for K in sorted({K for _, K in OTHERS}) for M in FEW]
     jobs += [("gemv", M, K, False, None) for K in sorted({K for _, K in MANY}) for M in (2, 4, 8)]
     jobs += [("chain", 1, K, int8, None) for K in (4096, 11008) for int8 in (False, True)]
     if sweep:
@@ -248,9 +255,9 @@ def main() -> None:
                 flush=True,
             )
     results["rows"] = []
-    for N, K in MANY:
+    for N, K in MANY + OTHERS:
         line = f"{N}x{K} int8 / cuBLAS bf16:"
-        for M in ROWS:
+        for M in ROWS if (N, K) in MANY else FEW:
             case = several(N, K, M)
             results["rows"].append(case)
             bad = "" if case["int8 error"] <= 1.1 * case["int8 eager error"] else "!"
