@@ -1,8 +1,12 @@
 """Matrix-vector products for one row of x: y_i = W_i x (* scale_i) (+ bias_i) (+ residual), or act(W_0 x) (* (W_1 x)).
 
-With int8 weights there may be up to four rows, one after the other. A program loads all of its weight rows before
-it waits for the kernel that makes x, in memory order. Int8 weights meet int8 digits of x (``_gemm.split``) four at a
-time in ``dp4a``, with exact int32 sums and no conversion of a weight; 16-bit weights are widened and summed in fp32.
+With int8 weights there may be up to four rows, one after the other. A program loads all of its weight rows before it
+waits for the kernel that makes x, in memory order. Int8 weights meet int8 digits of x four at a time in ``dp4a``, with
+exact int32 sums and no conversion of a weight; 16-bit weights are widened and summed in fp32.
+
+The digits come from a kernel of their own (``_gemm.split``), with one scale per row, or, where weights are small, from
+every program anew: that takes fewer microseconds than another launch, and it can make the norm too. Then there is a
+scale for what one thread holds of each STEP, so that none waits for another.
 """
 
 from __future__ import annotations
@@ -13,13 +17,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinyfuse.kernels import _rows
-from tinyfuse.kernels._gemm import Split, digit_count, split
+from tinyfuse.kernels import _norm_digits, _rows
+from tinyfuse.kernels._gemm import digit_count, split
 from tinyfuse.kernels._gemv import pick, three
 from tinyfuse.kernels._gemv import rows as rows_of
 from tinyfuse.kernels._rows import Norm
-from tinyfuse.kernels._triton import Launch, interpreted, jit, pdl, tl, triton
+from tinyfuse.kernels._triton import Launch, aligned, interpreted, jit, pdl, tl, triton
 from tinyfuse.kernels.gated_act import activate
+
+if triton is not None:
+    WIDEN_BF16 = tl.constexpr(
+        "{ .reg .b32 a, b; mov.b64 {a, b}, $4; shl.b32 $0, a, 16; and.b32 $1, a, 0xffff0000; shl.b32 $2, b, 16;"
+        " and.b32 $3, b, 0xffff0000; }"
+    )
+    WIDEN_FP16 = tl.constexpr(
+        "{ .reg .b32 a, b; .reg .f16 h<4>; mov.b64 {a, b}, $4; mov.b32 {h0, h1}, a; mov.b32 {h2, h3}, b;"
+        " cvt.f32.f16 $0, h0; cvt.f32.f16 $1, h1; cvt.f32.f16 $2, h2; cvt.f32.f16 $3, h3; }"
+    )
+    # 1.5 * 2^23 + 128 + n has n + 128 in its low 16 bits: their high byte is d0, their low byte d1 + 128.
+    SPLIT = tl.constexpr(
+        "{ .reg .f32 f<4>; .reg .b32 n<4>, a, b; "
+        + " ".join(f"fma.rn.f32 f{j}, ${2 + j}, $6, 0f4B400080; mov.b32 n{j}, f{j};" for j in range(4))
+        + " prmt.b32 a, n0, n1, 0x5140; prmt.b32 b, n2, n3, 0x5140; prmt.b32 $0, a, b, 0x7632;"
+        " prmt.b32 $1, a, b, 0x5410; xor.b32 $1, $1, 0x80808080; }"
+    )
 
 
 @jit
@@ -72,6 +93,84 @@ def digit_sums(
 
 
 @jit
+def _four(at, i, step: tl.constexpr, COUNT: tl.constexpr, STEP: tl.constexpr, ASM: tl.constexpr):
+    """Elements 4 j ... 4 j + 3, j = step * STEP + i, of the row at ``at``: four tensors in fp32, 0 past its end."""
+    TYPE: tl.constexpr = at.dtype.element_ty
+    if ASM and TYPE.primitive_bitwidth == 16:
+        word = load(at.to(tl.pointer_type(tl.int64)) + i, i, step, COUNT, STEP, "")
+        return tl.inline_asm_elementwise(
+            WIDEN_FP16 if tl.float16 == TYPE else WIDEN_BF16, "=f,=f,=f,=f,l", [word],
+            (tl.float32, tl.float32, tl.float32, tl.float32), True, 1,
+        )  # fmt: skip
+    else:
+        at += 4 * (step * STEP + i)
+        values, inside = (), i < COUNT - step * STEP
+        for j in tl.static_range(4):
+            values += (tl.load(at + j, mask=inside, other=0.0).to(tl.float32),)
+        return values
+
+
+@jit
+def _split_four(v0, v1, v2, v3, inverse, ASM: tl.constexpr):
+    """The digits of four numbers, as the bytes of a word each."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            SPLIT, "=r,=r,f,f,f,f,f", [v0, v1, v2, v3, inverse], (tl.int32, tl.int32), True, 1
+        )
+    else:
+        high, low, values = tl.zeros_like(inverse).to(tl.int32), tl.zeros_like(inverse).to(tl.int32), (v0, v1, v2, v3)
+        for j in tl.static_range(4):
+            n = tl.floor(values[j] * inverse + 0.5).to(tl.int32) + 128
+            high |= ((n >> 8) & 255) << (8 * j)
+            low |= ((n & 255) ^ 128) << (8 * j)
+        return high, low
+
+
+@jit
+def _own_digits(
+    x, gains, i, eps, COUNT: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr, NORM: tl.constexpr,
+    UNIT_OFFSET: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """(words of high digits, of low ones, their unit) of the row at ``x`` or, under NORM, of its RMS norm, unrounded.
+    An infinite number or NaN makes the unit one."""
+    values = ()
+    for step in tl.static_range(STEPS):
+        values += _four(x, i, step, COUNT, STEP, ASM)
+    factor = 1.0
+    if NORM:
+        square = values[0] * values[0]
+        for j in tl.static_range(1, len(values)):
+            square += values[j] * values[j]
+        factor = tl.rsqrt(tl.sum(tl.sum(square, 1), 0) / (4 * COUNT) + eps)
+    if len(gains) > 0:
+        products = ()
+        for j in tl.static_range(len(values)):
+            products += (values[j] * (gains[j] + (1.0 if UNIT_OFFSET else 0.0)),)
+        values = products
+    top = tl.abs(values[0])
+    for j in tl.static_range(1, len(values)):
+        top = tl.maximum(top, tl.abs(values[j]), propagate_nan=tl.PropagateNan.ALL)
+    inverse = 32639.0 / tl.maximum(top, 1e-30, propagate_nan=tl.PropagateNan.ALL)  # 127.5 * 256, less room to round up
+    highs, lows = (), ()
+    for j in tl.static_range(0, len(values), 4):
+        high, low = _split_four(values[j], values[j + 1], values[j + 2], values[j + 3], inverse, ASM)
+        highs += (high,)
+        lows += (low,)
+    return highs, lows, top * (1.0 / 32639.0) * factor
+
+
+@jit
+def _own_digit_sums(highs, lows, unit, tiles, ROWS: tl.constexpr, STEP: tl.constexpr, ASM: tl.constexpr):
+    """As :func:`digit_sums`, of what :func:`_own_digits` gives."""
+    high = tl.zeros([ROWS, STEP], tl.int32)
+    low = high
+    for step in tl.static_range(len(tiles)):
+        high = _dp4a(tiles[step], tl.broadcast_to(highs[step], [ROWS, STEP]), high, ASM)
+        low = _dp4a(tiles[step], tl.broadcast_to(lows[step], [ROWS, STEP]), low, ASM)
+    return lanes((high * 256 + low).to(tl.float32) * unit, ROWS, STEP, 4)
+
+
+@jit
 def _normed(
     values, gains, eps, K: tl.constexpr, DTYPE: tl.constexpr, UNIT_OFFSET: tl.constexpr, CAST_FIRST: tl.constexpr
 ):
@@ -97,11 +196,12 @@ def _one_row(
     M: tl.constexpr, MEMBERS: tl.constexpr, ACT: tl.constexpr, ROWS: tl.constexpr, DIGITS: tl.constexpr,
     NORM: tl.constexpr, UNIT_OFFSET: tl.constexpr, CAST_FIRST: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows of one weight, or of each of two under ACT. ``first``: its first program. int8: x is [DIGITS, M, K]
-    digits; else M is 1. NORM: the 16-bit weights meet the RMS norm of x. EACH to STEPS: :func:`steps`."""
+    """ROWS rows of one weight, or of each of two under ACT. ``first``: its first program. int8 with ``x_scale``: x is
+    [DIGITS, M, K] digits; else M is 1. NORM: the weights meet the RMS norm of x. EACH to STEPS: :func:`steps`."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     INT: tl.constexpr = tl.int8 == w0.dtype.element_ty
+    OWN: tl.constexpr = INT and x_scale is None
     PAIR: tl.constexpr = ACT != "" and MEMBERS == 2
 
     pid = tl.program_id(0)
@@ -120,7 +220,9 @@ def _one_row(
     safe = tl.minimum(row, n - 1).to(tl.int64)[:, None]
     i = tl.arange(0, STEP)[None, :]
     if INT:
-        w, x = w.to(tl.pointer_type(tl.int32)), x.to(tl.pointer_type(tl.int32))
+        w = w.to(tl.pointer_type(tl.int32))
+        if not OWN:
+            x = x.to(tl.pointer_type(tl.int32))
     at = w + safe * (stride // EACH) + i
     at2 = at
     if PAIR:
@@ -131,7 +233,10 @@ def _one_row(
     tiles, tiles2, gains = (), (), ()
     for step in tl.static_range(STEPS):
         if gain is not None:
-            gains += (load(gain + i, i, step, COUNT, STEP, ""),)
+            if OWN:
+                gains += _four(gain, i, step, COUNT, STEP, ASM)
+            else:
+                gains += (load(gain + i, i, step, COUNT, STEP, ""),)
         tiles += (load(at, i, step, COUNT, STEP, "evict_first"),)
         if PAIR:
             tiles2 += (load(at2, i, step, COUNT, STEP, "evict_first"),)
@@ -147,7 +252,9 @@ def _one_row(
     if PDL:
         tl.extra.cuda.gdc_wait()
 
-    if NORM:
+    if OWN:
+        highs, lows, unit = _own_digits(x, gains, i, eps, COUNT, STEP, STEPS, NORM, UNIT_OFFSET, ASM)
+    elif NORM:
         values = ()
         for step in tl.static_range(STEPS):
             values += (load(x + i, i, step, COUNT, STEP, "").to(tl.float32),)
@@ -156,7 +263,11 @@ def _one_row(
         total = tl.zeros([ROWS, STEP // VECTOR], tl.float32)
         total2 = total
         number = 1.0
-        if INT:
+        if OWN:
+            total = _own_digit_sums(highs, lows, unit, tiles, ROWS, STEP, ASM)
+            if PAIR:
+                total2 = _own_digit_sums(highs, lows, unit, tiles2, ROWS, STEP, ASM)
+        elif INT:
             number = tl.load(x_scale + m)
             at_x = x + m * COUNT + i
             total = digit_sums(at_x, M * COUNT, tiles, i, COUNT, ROWS, STEP, DIGITS, ASM)
@@ -183,7 +294,7 @@ def _bind(
     m: int, k: int, sizes: tuple[int, ...], strides: tuple[int, ...], act: str, rows: int, warps: int, count: int,
     norm: tuple[float, bool, bool] | None, ahead: bool, int8: bool, *_dtypes_device: Any,
 ) -> Launch:  # fmt: skip
-    """count: digits; norm: eps, unit_offset, cast_first."""
+    """count: digits; norm, if the kernel makes it: eps, unit_offset, cast_first."""
     eps, *flags = norm or (0.0, False, False)
     blocks = [triton.cdiv(n, rows) for n in (sizes[:1] if act else sizes)]
     scalars = (
@@ -208,10 +319,19 @@ def most_rows(x: Tensor, weights: list[Tensor]) -> int:
     return 4 if sum(w.shape[0] for w in weights) * x.shape[-1] <= 4096 * 4096 else 2
 
 
-def tile(k_bytes: int, n: int, int8: bool, pair: bool, norm: bool = False, m: int = 1) -> tuple[int, int]:
+def splits_itself(x: Tensor, weights: list[Tensor]) -> bool:
+    """Whether every program makes the digits of x, and its norm: faster on an H200 up to 33 million int8 weights."""
+    return x.numel() == x.shape[-1] and sum(w.shape[0] for w in weights) * x.shape[-1] <= 1 << 25
+
+
+def tile(
+    k_bytes: int, n: int, int8: bool, pair: bool, norm: bool = False, m: int = 1, own: bool = False
+) -> tuple[int, int]:
     """(weight rows of a program, its warps), as measured on an H200; at most 128 registers of weights to a thread.
-    Every program makes the norm anew: larger ones make it less often."""
-    if m > 1:
+    Every program makes the norm, or its ``own`` digits, anew: larger ones make them less often."""
+    if own:
+        rows, warps = 4 if pair or (k_bytes <= 2048 < n) else 8, 2 if k_bytes <= 4096 else 4
+    elif m > 1:
         rows, warps = 2 if pair else 4, min(8, 1 << max(1, k_bytes // 2048).bit_length() - 1)
     elif int8:
         rows, warps = (2, 8) if k_bytes > 8192 else (4, 4) if n >= 8192 and k_bytes > 2048 else (4, 2)
@@ -229,24 +349,30 @@ def tile(k_bytes: int, n: int, int8: bool, pair: bool, norm: bool = False, m: in
 def one_row(
     x: Tensor, weights: list[Tensor], scales: list[Tensor | None], biases: list[Tensor | None],
     residual: Tensor | None = None, act: str = "", config: tuple[int, int] | None = None,
-    norm: Norm | None = None, digits: Split = split,
+    norm: Norm | None = None, own: bool | None = None,
 ) -> list[Tensor]:  # fmt: skip
-    """x [..., K] of one row, with int8 weights of up to four; else as :func:`_gemv.gemv`. 16-bit weights meet x or its
-    ``norm``, int8 weights the ``digits`` of x, or of what they make of x."""
+    """x [..., K] of one row, with int8 weights of up to four; else as :func:`_gemv.gemv`, of x or its ``norm``.
+    ``config`` and ``own`` override :func:`tile` and :func:`splits_itself`."""
+    int8 = weights[0].dtype == torch.int8
+    own = int8 and (splits_itself(x, weights) if own is None else own)
     lead, x = x.shape[:-1], rows_of(x)
     m, k = x.shape
-    int8 = weights[0].dtype == torch.int8
     sizes = tuple([w.shape[0] for w in weights])
-    config = config or tile(k if int8 else 2 * k, sum(sizes), int8, act != "" and len(sizes) == 2, norm is not None, m)
+    pair, inside = act != "" and len(sizes) == 2, norm if own or not int8 else None
+    config = config or tile(k if int8 else 2 * k, sum(sizes), int8, pair, norm is not None, m, own)
     outs = [x.new_empty((*lead, n)) for n in (sizes[:1] if act else sizes)]
     residual = None if residual is None else residual.reshape(m, sizes[0]).contiguous()
-    gain = None if norm is None else norm.weight
+    gain = None if inside is None else inside.weight
+    if gain is not None and not aligned(gain):
+        gain = gain.clone()
     count = digit_count(x.dtype)
     launch = _bind(
-        m, k, sizes, tuple([w.stride(0) for w in weights]), act, *config, count, norm and norm[1:], pdl(x.device), int8,
-        x.dtype, x.device, biases[0] is None or biases[0].dtype, residual is None or residual.dtype,
+        m, k, sizes, tuple([w.stride(0) for w in weights]), act, *config, count, inside and inside[1:], pdl(x.device),
+        int8, x.dtype, x.device, biases[0] is None or biases[0].dtype, residual is None or residual.dtype,
         gain is None or gain.dtype,
     )  # fmt: skip
-    operand, x_scale = digits(x, count, m, 0) if int8 else (x, None)
+    operand, x_scale = x, None
+    if int8 and not own:
+        operand, x_scale = split(x, count, m, 0) if norm is None else _norm_digits.split(norm, x, count, m, 0)
     launch(operand, x_scale, gain, residual, *three(weights), *three(scales), *three(biases), *three(outs))
     return outs

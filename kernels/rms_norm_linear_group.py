@@ -59,12 +59,8 @@ def run_one_row(
     x: Tensor, weight: Tensor | None, eps: float, unit_offset: bool, cast_first: bool,
     weights: list[Tensor], scales: list[Tensor | None], biases: list[Tensor | None], act: str = "",
 ) -> list[Tensor]:  # fmt: skip
-    """Every program normalises x itself where the weights are 16 bits wide. For int8 it would have to split x into
-    digits too, which costs more instructions than a kernel of its own costs time."""
     norm = Norm(weight, eps, unit_offset, cast_first)
-    if scales[0] is None:
-        return _one_row.one_row(x, weights, scales, biases, None, act, norm=norm)
-    return _one_row.one_row(x, weights, scales, biases, None, act, digits=partial(_norm_digits.split, norm))
+    return _one_row.one_row(x, weights, scales, biases, None, act, norm=norm)
 
 
 def supports_tensor_core(

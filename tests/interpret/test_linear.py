@@ -42,16 +42,17 @@ def eager(x, w, scale, bias=None, residual=None):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("int8", [False, True])
-@pytest.mark.parametrize("config, M", [((4, 1), 1), ((2, 2), 1), ((4, 1), 3)])
-def test_one_row_or_some_of_int8(int8, config, M, dtype):
+@pytest.mark.parametrize("M, own", [(1, True), (1, False), (3, False)])
+@pytest.mark.parametrize("config", [(4, 1), (2, 2)])
+def test_one_row_or_some_of_int8(config, M, own, int8, dtype):
     torch.manual_seed(0)
     M = M if int8 else 1
     x = rows(M, dtype=dtype)
     args = [x, *weights(7, torch.int8 if int8 else dtype), torch.randn(7).to(dtype), torch.randn(M, 7).to(dtype)]
-    (out,) = _one_row.one_row(x, [args[1]], [args[2]], [args[3]], args[4], config=config)
+    (out,) = _one_row.one_row(x, [args[1]], [args[2]], [args[3]], args[4], config=config, own=own)
     assert_as_exact_as_eager("linear", out, eager(*args), exact(*args))
     pairs = [weights(N, torch.int8 if int8 else dtype) for N in (5, 8, 1)]
-    outs = _one_row.one_row(x, [w for w, _ in pairs], [s for _, s in pairs], [None] * 3, config=config)
+    outs = _one_row.one_row(x, [w for w, _ in pairs], [s for _, s in pairs], [None] * 3, config=config, own=own)
     for out, (w, scale) in zip(outs, pairs, strict=True):
         assert_as_exact_as_eager("linear_group", out, eager(x, w, scale), exact(x, w, scale))
 
