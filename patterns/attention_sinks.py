@@ -41,8 +41,13 @@ def without_last(weights):
     return call(operator.getitem, weights, (Ellipsis, slice(None, -1, None)))
 
 
-def pattern(name, of_scores, heads):
-    scores = call(torch.matmul, cast(q, "S"), call(torch.transpose, cast(heads.keys, "S"), 2, 3)) * factor + bias
+def masked(scores):
+    return scores * factor + bias
+
+
+def pattern(name, of_scores, heads, biased=masked, to=with_one_more_key, where=(), **more):
+    """``more``: of the example."""
+    scores = biased(call(torch.matmul, cast(q, "S"), call(torch.transpose, cast(heads.keys, "S"), 2, 3)))
     weights = call(torch.softmax, of_scores(call(torch.cat, (scores, sinks), 3)), 3, inside)
     kept = one_of(without_last(cast(weights, "D")), cast(without_last(weights), "D"))
     return Pattern(
@@ -51,15 +56,16 @@ def pattern(name, of_scores, heads):
         roots=(call(torch.matmul, kept, heads.values),),
         where=(
             rank_4,
-            Check(lambda m: in_fp32(m, m.S, m.inside, m.dtype("bias"), m.dtype("sinks")), DTYPES),
+            Check(lambda m: in_fp32(m, m.S, m.inside, *(m.dtype(n) for n in ("bias", "sinks", *more))), DTYPES),
             heads.fit,
             Check(fits, "its mask is not [batch, 1, queries, keys], or its sink not [batch, heads, queries, 1]"),
+            *where,
         ),
-        to=with_one_more_key,
+        to=to,
         example=lambda: (
             heads.example()
             | {"bias": torch.randn(2, 1, 5, 7), "sinks": torch.randn(1, 6, 1, 1).expand(2, 6, 5, 1)}
-            | {"factor": 0.3, "inside": torch.float32, "S": torch.float32, "D": torch.float32}
+            | {"factor": 0.3, "inside": torch.float32, "S": torch.float32, "D": torch.float32, **more}
         ),
     )
 
