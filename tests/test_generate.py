@@ -590,6 +590,10 @@ def test_adapters():
     optimize(pair.fast)
     assert not torch.equal(pair.same(**ONE), plain)
     assert pair.fast.get_base_model()._tinyfuse.fallbacks == []
+    for change in ("merge_adapter", "unmerge_adapter"):
+        for model in (pair.stock, pair.fast):
+            getattr(model, change)()
+        assert not torch.equal(pair.same(**ONE), plain)
     with pair.fast.disable_adapter():
         assert torch.equal(pair.fast.generate(**ONE, do_sample=False, max_new_tokens=12), plain)
     restore(pair.fast)
