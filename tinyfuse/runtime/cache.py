@@ -203,6 +203,8 @@ def _probe(model: torch.nn.Module, forward: Callable[..., Any]) -> tuple[list[tu
         written = [(layer.keys, layer.values) if isinstance(layer, StaticLayer) else None for layer in cache.layers]
         shapes = [like and tuple(map(none_of, like)) for like in written]
         cache = _static_cache(model, 4)
+        if len(cache.layers) != len(shapes):
+            raise NotPlain("the forward adds layers to its cache")
         for layer, like in zip(cache.layers, shapes, strict=True):
             if like is not None:
                 layer.lazy_initialization(*like)
