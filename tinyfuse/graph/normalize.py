@@ -163,12 +163,13 @@ def _canonical_call(node: Node) -> None:
 
 
 def _number(arg: Any, user: Node) -> Any:
-    """The number that ``arg`` makes a tensor of for ``user`` alone, which takes it for the same."""
-    if not is_tensor(arg) or arg.target not in (torch.tensor, torch.scalar_tensor) or len(arg.users) > 1:
+    """The number that ``arg`` makes a tensor of for ``user`` alone, which rounds it to the same."""
+    made = is_tensor(arg) and arg.target in (torch.tensor, torch.scalar_tensor) and len(arg.args) == 1
+    if not made or len(arg.users) > 1:
         return arg
-    number, dtypes = arg.args[0], {value(n).dtype for n in user.all_input_nodes if value(n).dtype is not torch.bool}
-    same = type(number) is bool or (type(number) in (int, float) and dtypes == {value(arg).dtype})
-    return number if same else arg
+    number, others = arg.args[0], {value(n).dtype for n in user.all_input_nodes if n is not arg} - {torch.bool}
+    filled = type(number) in (int, float) and user.target is not torch.eq and others == {value(arg).dtype}
+    return number if filled or type(number) is bool else arg
 
 
 def _shorter(target: Callable, args: tuple) -> tuple[Callable, tuple]:
