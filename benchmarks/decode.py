@@ -31,6 +31,7 @@ from tinyfuse.bench import measure, models
 from tinyfuse.bench.environment import append, environment
 from tinyfuse.bench.run import WARM_UPS, Prepared, prepare
 from tinyfuse.bench.variants import VARIANTS, Variant
+from tinyfuse.runtime.forward import CACHE
 
 DEVICE = torch.device("cuda")
 GEN = 128
@@ -84,11 +85,11 @@ class CompiledStep:
     @torch.no_grad()
     def __call__(self, ids: Tensor, n: int) -> Tensor:
         self.cache.reset()
-        token = self._pick(self.model(input_ids=ids, past_key_values=self.cache))
+        token = self._pick(self.model(input_ids=ids, **{CACHE: self.cache}))
         tokens, position = [token], torch.full_like(token, ids.shape[1])
         for _ in range(n - 1):
             torch.compiler.cudagraph_mark_step_begin()
-            token = self._pick(self.step(input_ids=token, position_ids=position, past_key_values=self.cache))
+            token = self._pick(self.step(input_ids=token, position_ids=position, **{CACHE: self.cache}))
             tokens.append(token)
             position = position + 1
         return torch.cat(tokens, 1).cpu()

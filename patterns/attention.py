@@ -2,12 +2,15 @@
 
 import math
 import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 import tinyfuse.kernels.attention  # noqa: F401
 from tinyfuse.graph.nodes import same_size, sdpa, value
-from tinyfuse.graph.pattern import Check, Pattern, anything, call, optional, tensor
+from tinyfuse.graph.pattern import Check, Expr, Pattern, anything, call, optional, tensor
 
 attention = torch.ops.tinyfuse.attention.default
 q, k, v = tensor("q k v")
@@ -31,6 +34,10 @@ def heads_repeat(m):
         if not isinstance(groups, int) or len(shape) != 4 or not same_size(m.shape(name)[1] * groups, shape[1]):
             return False
     return same_size(value(m.q).shape[1], result.shape[1])
+
+
+def equal_heads(m):
+    return same_size(m.shape("q")[1], m.shape("k")[1]) and same_size(m.shape("k")[1], m.shape("v")[1])
 
 
 def heads_fit(m):
@@ -62,27 +69,38 @@ def grouped_example():
     return example(k=torch.randn(2, 3, 7, 8), v=torch.randn(2, 3, 7, 8)) | sizes
 
 
+@dataclass(frozen=True)
+class Heads:
+    """Keys and values as the products take them: one head for each of the queries', or repeated to that."""
+
+    suffix: str
+    keys: Expr
+    values: Expr
+    fit: Check
+    example: Callable[[], dict[str, Any]]
+
+
+REPEATED = "its key and value heads are not merely repeated"
+HEADS = [
+    Heads("_repeat_kv", repeated(k, "k"), repeated(v, "v"), Check(heads_repeat, REPEATED), grouped_example),
+    Heads("", k, v, Check(equal_heads, REPEATED), example),
+]
+
+
 def fused(m):
     return [call(attention, m.q, m.k, m.v, m.mask, scale_of(m), m.is_causal)]
 
 
-direct = Pattern(
-    name="attention_sdpa",
-    stage="lift",
-    roots=(call(sdpa, q, k, v, mask, 0.0, is_causal, scale, gqa),),
-    where=(
-        rank_4,
-        known_scale,
-        Check(heads_fit, "its heads broadcast"),
-    ),
-    to=fused,
-    example=example,
-)
-repeat_kv = Pattern(
-    name="attention_repeat_kv",
-    stage="lift",
-    roots=(call(sdpa, q, repeated(k, "k"), repeated(v, "v"), mask, 0.0, is_causal, scale, False),),
-    where=(rank_4, known_scale, Check(heads_repeat, "its key and value heads are not merely repeated")),
-    to=fused,
-    example=grouped_example,
-)
+def sdpa_pattern(name, keys, values, gqa, fit, example):
+    return Pattern(
+        name=f"attention_{name}",
+        stage="lift",
+        roots=(call(sdpa, q, keys, values, mask, 0.0, is_causal, scale, gqa),),
+        where=(rank_4, known_scale, fit),
+        to=fused,
+        example=example,
+    )
+
+
+direct = sdpa_pattern("sdpa", k, v, gqa, Check(heads_fit, "its heads broadcast"), example)
+repeat_kv = sdpa_pattern("repeat_kv", HEADS[0].keys, HEADS[0].values, False, HEADS[0].fit, grouped_example)

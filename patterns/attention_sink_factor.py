@@ -9,9 +9,9 @@ import torch
 
 from tinyfuse.graph.nodes import same_size
 from tinyfuse.graph.pattern import Check, Pattern, anything, call, cast, one_of, scalar, tensor
-from tinyfuse.patterns.attention import example, grouped_example, heads_repeat, k, q, rank_4, repeated, v
+from tinyfuse.patterns.attention import HEADS, q, rank_4
 from tinyfuse.patterns.attention_sinks import attend_one_more_key
-from tinyfuse.patterns.attention_softmax import alike, equal_heads
+from tinyfuse.patterns.attention_softmax import alike
 
 bias, sinks = tensor("bias sinks")
 factor, spread = scalar("factor"), anything("spread")
@@ -30,29 +30,28 @@ def fits(m):
     return len(mask) == 4 and same_size(mask[0], batch) and same_size(mask[1], 1) and one_sink
 
 
-def pattern(grouped):
-    keys, values = (repeated(k, "k"), repeated(v, "v")) if grouped else (k, v)
-    scores = call(torch.matmul, q, call(torch.transpose, keys, 2, 3)) * factor + bias
+def pattern(heads):
+    scores = call(torch.matmul, q, call(torch.transpose, heads.keys, 2, 3)) * factor + bias
     left = call(torch.logsumexp, scores, 3, False) - call(torch.reshape, sinks, spread)
     weights = cast(call(torch.softmax, scores, 3, one_of(None, torch.float32)), "D")
     share = call(torch.unsqueeze, call(torch.sigmoid, cast(left, torch.float32)), -1)
     return Pattern(
-        name=f"attention_sink_factor{'_repeat_kv' * grouped}",
+        name=f"attention_sink_factor{heads.suffix}",
         stage="lift",
-        roots=(call(torch.matmul, weights, values) * cast(share, "D"),),
+        roots=(call(torch.matmul, weights, heads.values) * cast(share, "D"),),
         where=(
             rank_4,
             Check(lambda m: alike(m, "q", "k", "v", "bias", "sinks"), "q, k, v, mask and sink differ in dtype"),
-            Check(heads_repeat if grouped else equal_heads, "its key and value heads are not merely repeated"),
+            heads.fit,
             Check(fits, "its mask is not [batch, 1, queries, keys], or its sink not [heads]"),
         ),
         to=with_one_more_key,
         example=lambda: (
-            (grouped_example() if grouped else example())
+            heads.example()
             | {"bias": torch.randn(2, 1, 5, 7), "sinks": torch.randn(6), "spread": (1, -1, 1)}
             | {"factor": 0.3, "D": torch.float32}
         ),
     )
 
 
-FACTORS = [pattern(grouped) for grouped in (True, False)]
+FACTORS = [pattern(heads) for heads in HEADS]

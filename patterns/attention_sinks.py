@@ -13,18 +13,8 @@ import torch.nn.functional as F
 
 from tinyfuse.graph.nodes import same_size
 from tinyfuse.graph.pattern import Check, Pattern, anything, call, cast, one_of, scalar, tensor
-from tinyfuse.patterns.attention import (
-    attention,
-    example,
-    grouped_example,
-    heads_repeat,
-    k,
-    q,
-    rank_4,
-    repeated,
-    v,
-)
-from tinyfuse.patterns.attention_softmax import DTYPES, equal_heads, in_fp32, shifted
+from tinyfuse.patterns.attention import HEADS, attention, q, rank_4
+from tinyfuse.patterns.attention_softmax import DTYPES, in_fp32, shifted
 
 bias, sinks = tensor("bias sinks")
 factor, inside = scalar("factor"), anything("inside")
@@ -51,32 +41,34 @@ def without_last(weights):
     return call(operator.getitem, weights, (Ellipsis, slice(None, -1, None)))
 
 
-def pattern(of_scores, grouped, name):
-    keys, values = (repeated(k, "k"), repeated(v, "v")) if grouped else (k, v)
-    scores = call(torch.matmul, cast(q, "S"), call(torch.transpose, cast(keys, "S"), 2, 3)) * factor + bias
+def masked(scores):
+    return scores * factor + bias
+
+
+def pattern(name, of_scores, heads, biased=masked, to=with_one_more_key, where=(), **more):
+    """``more``: of the example."""
+    scores = biased(call(torch.matmul, cast(q, "S"), call(torch.transpose, cast(heads.keys, "S"), 2, 3)))
     weights = call(torch.softmax, of_scores(call(torch.cat, (scores, sinks), 3)), 3, inside)
     kept = one_of(without_last(cast(weights, "D")), cast(without_last(weights), "D"))
     return Pattern(
-        name=name,
+        name=f"attention_{name}{heads.suffix}",
         stage="lift",
-        roots=(call(torch.matmul, kept, values),),
+        roots=(call(torch.matmul, kept, heads.values),),
         where=(
             rank_4,
-            Check(lambda m: in_fp32(m, m.S, m.inside, m.dtype("bias"), m.dtype("sinks")), DTYPES),
-            Check(heads_repeat if grouped else equal_heads, "its key and value heads are not merely repeated"),
+            Check(lambda m: in_fp32(m, m.S, m.inside, *(m.dtype(n) for n in ("bias", "sinks", *more))), DTYPES),
+            heads.fit,
             Check(fits, "its mask is not [batch, 1, queries, keys], or its sink not [batch, heads, queries, 1]"),
+            *where,
         ),
-        to=with_one_more_key,
+        to=to,
         example=lambda: (
-            (grouped_example() if grouped else example())
+            heads.example()
             | {"bias": torch.randn(2, 1, 5, 7), "sinks": torch.randn(1, 6, 1, 1).expand(2, 6, 5, 1)}
-            | {"factor": 0.3, "inside": torch.float32, "S": torch.float32, "D": torch.float32}
+            | {"factor": 0.3, "inside": torch.float32, "S": torch.float32, "D": torch.float32, **more}
         ),
     )
 
 
-SINKS = [
-    pattern(of_scores, grouped, f"attention_{name}{'_repeat_kv' * grouped}")
-    for name, of_scores in (("sink", lambda scores: scores), ("sink_shifted", shifted))
-    for grouped in (True, False)
-]
+FORMS = {"sink": lambda scores: scores, "sink_shifted": shifted}
+SINKS = [pattern(name, of_scores, heads) for name, of_scores in FORMS.items() for heads in HEADS]

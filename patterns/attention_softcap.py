@@ -3,6 +3,7 @@
 import torch
 
 from tinyfuse.graph.pattern import call, scalar
+from tinyfuse.patterns.attention import HEADS
 from tinyfuse.patterns.attention_softmax import between_matmuls, bias, factor
 
 cap = scalar("cap")
@@ -16,4 +17,4 @@ FORMS = {
     "softcap": (capped, lambda m: m.factor, lambda m: None),
     "softcap_masked": (lambda scores: capped(scores) + bias, lambda m: m.factor, lambda m: m.bias),
 }
-SOFTCAP = [between_matmuls(name, form, grouped, cap=1.5) for name, form in FORMS.items() for grouped in (True, False)]
+SOFTCAP = [between_matmuls(name, form, heads, cap=1.5) for name, form in FORMS.items() for heads in HEADS]

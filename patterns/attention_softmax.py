@@ -9,19 +9,8 @@ import operator
 import torch
 
 from tinyfuse.graph import nodes
-from tinyfuse.graph.nodes import same_size
 from tinyfuse.graph.pattern import Check, Pattern, anything, call, cast, scalar, tensor
-from tinyfuse.patterns.attention import (
-    attention,
-    example,
-    grouped_example,
-    heads_repeat,
-    k,
-    q,
-    rank_4,
-    repeated,
-    v,
-)
+from tinyfuse.patterns.attention import HEADS, attention, q, rank_4
 
 bias, hidden, factor, fill, inside = *tensor("bias hidden"), *scalar("factor fill"), anything("inside")
 DTYPES = "q, k, v and weights differ in dtype, or what is between them is neither in it nor in fp32"
@@ -72,15 +61,10 @@ def dtypes_fit(m):
     return in_fp32(m, m.S, m.inside, m.dtype("bias") if "bias" in m.captures else None)
 
 
-def equal_heads(m):
-    return same_size(m.shape("q")[1], m.shape("k")[1]) and same_size(m.shape("k")[1], m.shape("v")[1])
-
-
-def between_matmuls(name, form, grouped, **more):
+def between_matmuls(name, form, heads, **more):
     """``more``: of the example."""
     of_scores, scale, mask = form
-    keys, values = (repeated(k, "k"), repeated(v, "v")) if grouped else (k, v)
-    scores = call(torch.matmul, cast(q, "S"), call(torch.transpose, cast(keys, "S"), 2, 3))
+    scores = call(torch.matmul, cast(q, "S"), call(torch.transpose, cast(heads.keys, "S"), 2, 3))
     weights = cast(call(torch.softmax, of_scores(scores), 3, inside), "D")
 
     def fused(m):
@@ -88,22 +72,22 @@ def between_matmuls(name, form, grouped, **more):
         return [call(attention, m.q, m.k, m.v, mask(m), scale(m), False, *cap)]
 
     return Pattern(
-        name="_".join(["attention", name, *["repeat_kv"] * grouped]),
+        name=f"attention_{name}{heads.suffix}",
         stage="lift",
-        roots=(call(torch.matmul, weights, values),),
+        roots=(call(torch.matmul, weights, heads.values),),
         where=(
             rank_4,
             Check(dtypes_fit, DTYPES),
-            Check(heads_repeat if grouped else equal_heads, "its key and value heads are not merely repeated"),
+            heads.fit,
             Check(lambda m: m.captures.get("fill", NEVER) <= NEVER, "what it hides keeps a part of its score"),
         ),
         to=fused,
         example=lambda: (
-            (grouped_example() if grouped else example())
+            heads.example()
             | {"bias": torch.randn(2, 1, 5, 7), "hidden": torch.rand(2, 1, 5, 7) < 0.3, "fill": -3e38}
             | {"factor": 0.3, "inside": torch.float32, "S": torch.float32, "D": torch.float32, **more}
         ),
     )
 
 
-SOFTMAX = [between_matmuls(f"softmax_{name}", FORMS[name], grouped) for name in FORMS for grouped in (True, False)]
+SOFTMAX = [between_matmuls(f"softmax_{name}", form, heads) for name, form in FORMS.items() for heads in HEADS]

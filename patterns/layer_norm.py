@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 
 import tinyfuse.kernels.layer_norm  # noqa: F401
-from tinyfuse.graph.pattern import Check, Pattern, anything, call, cast, optional, scalar, tensor
+from tinyfuse.graph import nodes
+from tinyfuse.graph.pattern import Check, Pattern, anything, call, cast, one_of, optional, scalar, tensor
 
 norm = torch.ops.tinyfuse.layer_norm.default
 x, weight = tensor("x weight")
@@ -13,7 +14,10 @@ over = anything("over")
 eps, dim = scalar("eps dim")
 wide = cast(x, torch.float32)
 mean = call(torch.mean, wide, dim, True)
-variance = call(torch.mean, call(torch.pow, wide - mean, 2), dim, True) + eps
+spread = one_of(
+    call(torch.mean, call(torch.pow, wide - mean, 2), dim, True), call(nodes.variance, wide, dim, False, True)
+)
+variance = spread + eps
 
 layer_norm = Pattern(
     name="layer_norm",

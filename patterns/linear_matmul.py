@@ -2,15 +2,12 @@
 
 import torch
 
-import tinyfuse.kernels.linear  # noqa: F401
-from tinyfuse.graph.pattern import Check, Pattern, call, tensor
+from tinyfuse.graph.pattern import Check, Pattern, call
+from tinyfuse.patterns.linear import linear_op, matrix, w, x
 
-linear_op = torch.ops.tinyfuse.linear.default
-x, w = tensor("x w")
 floating = Check(
     lambda m: m.dtype("x") is m.dtype("w") and m.dtype("x").is_floating_point, "input and weight differ in dtype"
 )
-matrix = Check(lambda m: m.value("w").dim() == 2 and m.value("x").dim() > 1, "its weight is not a matrix")
 
 
 def turned(t):

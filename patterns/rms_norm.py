@@ -34,48 +34,25 @@ def example(**more):
     return {"x": torch.randn(2, 3, 24).bfloat16(), "eps": 1e-5, "dim": 2, "D": torch.bfloat16, **more}
 
 
-def weighted_example():
-    return example(w=torch.randn(24).bfloat16())
+def weighted(name, root, unit_offset, cast_first, *where):
+    return Pattern(
+        name=name,
+        stage="lift",
+        roots=(root,),
+        where=(over_last, same_dtype, floating, row_weight, *where),
+        to=lambda m: [call(rms_norm, m.x, m.w, m.eps, unit_offset, cast_first)],
+        example=lambda: example(w=torch.randn(24).bfloat16()),
+    )
 
 
-weight_after_cast = Pattern(
-    name="rms_norm",
-    stage="lift",
-    roots=(w * cast(normed, "D"),),
-    where=(
-        over_last,
-        same_dtype,
-        floating,
-        row_weight,
-        Check(lambda m: m.dtype("w") is m.D, "its weight has another dtype"),
-    ),
-    to=lambda m: [call(rms_norm, m.x, m.w, m.eps, False, True)],
-    example=weighted_example,
-)
-offset_after_cast = Pattern(
-    name="rms_norm_offset_after_cast",
-    stage="lift",
-    roots=((1.0 + w) * cast(normed, "D"),),
-    where=weight_after_cast.where,
-    to=lambda m: [call(rms_norm, m.x, m.w, m.eps, True, True)],
-    example=weighted_example,
-)
-wide_weight = Pattern(
-    name="rms_norm_wide_weight",
-    stage="lift",
-    roots=(cast(normed * one_of(cast(w, torch.float32), w), "D"),),
-    where=(over_last, same_dtype, floating, row_weight),
-    to=lambda m: [call(rms_norm, m.x, m.w, m.eps, False, False)],
-    example=weighted_example,
-)
-wide_offset = Pattern(
-    name="rms_norm_offset",
-    stage="lift",
-    roots=(cast(normed * (1.0 + cast(w, torch.float32)), "D"),),
-    where=(over_last, same_dtype, floating, row_weight),
-    to=lambda m: [call(rms_norm, m.x, m.w, m.eps, True, False)],
-    example=weighted_example,
-)
+weight_dtype = Check(lambda m: m.dtype("w") is m.D, "its weight has another dtype")
+wide_w = cast(w, torch.float32)
+WEIGHTED = [
+    weighted("rms_norm", w * cast(normed, "D"), False, True, weight_dtype),
+    weighted("rms_norm_offset_after_cast", (1.0 + w) * cast(normed, "D"), True, True, weight_dtype),
+    weighted("rms_norm_wide_weight", cast(normed * one_of(wide_w, w), "D"), False, False),
+    weighted("rms_norm_offset", cast(normed * (1.0 + wide_w), "D"), True, False),
+]
 plain = Pattern(
     name="rms_norm_no_weight",
     stage="lift",

@@ -54,6 +54,19 @@ def test_the_first_use_draws_no_random_number() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
 
 
+@torch.no_grad()
+def test_variances_and_tensors_of_one_number() -> None:
+    def code(x, seen):
+        low, tenth = torch.tensor(-7.0), torch.tensor(0.1, dtype=torch.bfloat16)  # which is another number than 0.1
+        filled = torch.where(seen, x, low).masked_fill(seen == torch.tensor(False), torch.tensor(2.0))
+        spreads = x.var(), x.var(-1), x.var(1, False), torch.var(x, dim=(0, 1)), x.var(0, correction=0, keepdim=True)
+        return filled, torch.where(seen, x, tenth), seen.float().eq(tenth), *spreads
+
+    given = torch.randn(3, 5), torch.rand(3, 5) < 0.5
+    for made, expected in zip(torch.compile(code, backend="tinyfuse")(*given), code(*given), strict=True):
+        torch.testing.assert_close(made, expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune"])
 def test_torch_compile_accepts_modes(llama, mode) -> None:
     model, inputs = llama

@@ -33,6 +33,7 @@ from transformers.generation.streamers import BaseStreamer
 from tinyfuse.api import optimize, restore
 from tinyfuse.runtime import prompt as padded
 from tinyfuse.runtime.cache import CachePool
+from tinyfuse.runtime.forward import CACHE
 from tinyfuse.runtime.tail import Tail
 from tinyfuse.runtime.window import in_ring
 
@@ -385,7 +386,7 @@ STOCK = [
     ({"num_beams": 2}, "beam"),
     ({"use_cache": False}, "use_cache"),
     ({"cache_implementation": "static"}, "cache_implementation"),
-    ({"past_key_values": "new"}, "past_key_values"),
+    ({CACHE: "new"}, CACHE),
     ({"return_dict_in_generate": True, "output_hidden_states": True}, "output_hidden_states"),
     ({"prompt_lookup_num_tokens": 2}, "assisted"),
 ]
@@ -396,7 +397,7 @@ def test_the_stock_way_and_its_reason(llama, arguments, reason):
     del llama.fallbacks[:]
     tokens = []
     for model in (llama.stock, llama.fast):
-        own = {"past_key_values": DynamicCache(config=model.config)} if "past_key_values" in arguments else {}
+        own = {CACHE: DynamicCache(config=model.config)} if CACHE in arguments else {}
         result = model.generate(**ONE, **{"do_sample": False, "max_new_tokens": 4} | arguments | own)
         tokens.append(getattr(result, "sequences", result))
     assert torch.equal(*tokens)
@@ -536,10 +537,10 @@ def test_inputs_that_transformers_prepares_for_no_static_cache(llama, monkeypatc
     prepare = type(llama.fast).prepare_inputs_for_generation
 
     @functools.wraps(prepare)
-    def fail(self, ids, past_key_values=None, **more):
-        if not isinstance(past_key_values, DynamicCache):
+    def fail(self, ids, **more):
+        if not isinstance(more[CACHE], DynamicCache):
             raise TypeError("no such mask")
-        return prepare(self, ids, past_key_values=past_key_values, **more)
+        return prepare(self, ids, **more)
 
     monkeypatch.setattr(type(llama.fast), "prepare_inputs_for_generation", fail)
     llama.same(**PADDED, max_new_tokens=4)
@@ -589,6 +590,10 @@ def test_adapters():
     optimize(pair.fast)
     assert not torch.equal(pair.same(**ONE), plain)
     assert pair.fast.get_base_model()._tinyfuse.fallbacks == []
+    for change in ("merge_adapter", "unmerge_adapter"):
+        for model in (pair.stock, pair.fast):
+            getattr(model, change)()
+        assert not torch.equal(pair.same(**ONE), plain)
     with pair.fast.disable_adapter():
         assert torch.equal(pair.fast.generate(**ONE, do_sample=False, max_new_tokens=12), plain)
     restore(pair.fast)

@@ -1,6 +1,7 @@
 """Uses off the beaten path of an optimised model: what stock gives, each time."""
 
 import copy
+import random
 from types import MethodType
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.models.llama import modeling_llama
+from transformers.utils import is_kernels_available
 
 from tests.models import build, prompt
 from tests.tolerance import LOGITS, error
@@ -64,21 +66,31 @@ def test_hooks_on_what_is_fused(pair, path):
 
 
 def test_the_way_of_attention_changes(pair):
-    for implementation in ("sdpa", "eager", "sdpa"):
+    """By transformers' method and behind its back, for the forward and for the loop."""
+    assert_same_logits(pair)
+    for implementation, by_method in (("eager", False), ("sdpa", True)):
         for model in pair:
-            model.set_attn_implementation(implementation)
+            if by_method:
+                model.set_attn_implementation(implementation)
+            else:
+                model.config._attn_implementation = implementation
         assert_same_logits(pair)
+        tokens = [model.generate(**INPUTS, max_new_tokens=3, do_sample=False) for model in pair]
+        assert torch.equal(*tokens)
+    assert not pair[0]._tinyfuse.fallbacks
 
 
 def test_scale_and_softcap_change():
     fast, _ = build("gemma2")
     stock = copy.deepcopy(fast)
-    pair = optimize(fast), stock
-    for scale, cap in ((0.3, 20.0), (1.7, None)):
+    pair, draw, seen = (optimize(fast), stock), random.Random(0), []
+    for cap in (draw.uniform(0.5, 5), None, draw.uniform(5, 50)):
+        scale = draw.uniform(0.1, 2)
         for model in pair:
             for layer in model.model.layers:
                 layer.self_attn.scaling, layer.self_attn.attn_logit_softcapping = scale, cap
-        assert_same_logits(pair)
+        seen.append(assert_same_logits(pair)[0].logits)
+        assert not any(torch.allclose(seen[-1], before, atol=1e-2) for before in seen[:-1])
 
 
 @pytest.mark.parametrize("hidden", [slice(0, 4), slice(8, 12), slice(0, 12)], ids=["left", "right", "everything"])
@@ -234,6 +246,41 @@ def test_kernels_of_another_library(when, monkeypatch):
     tokens = [model.generate(**INPUTS, max_new_tokens=6, do_sample=False) for model in (fast, stock)]
     assert torch.equal(*tokens)
     assert not fast._tinyfuse.fallbacks and fast._tinyfuse.report.summary["linear"]["fused"]
+
+
+LAYER = """
+import torch
+class layers:
+    class Norm(torch.nn.Module):
+        can_torch_compile, has_backward = True, False
+        def forward(self, x):
+            out = torch.empty_like(x)
+            torch.ops.hard_cases.norm(x.contiguous(), self.weight, self.variance_epsilon, out)
+            return out
+"""
+METADATA = """{"name": "norms", "id": "norms_1", "version": 1, "license": "Apache-2.0", "python-depends": [],
+"backend": {"type": "cpu"}}"""
+
+
+@pytest.mark.skipif(
+    not is_kernels_available(), reason="needs the package kernels, of the version that transformers takes"
+)
+def test_use_kernels(pair, tmp_path):
+    """A model whose norms transformers itself replaces, after the first call too."""
+    import kernels
+
+    build_dir = tmp_path / "build" / "torch-cpu"
+    build_dir.mkdir(parents=True)
+    (build_dir / "__init__.py").write_text(LAYER)
+    (build_dir / "metadata.json").write_text(METADATA)
+    before, _ = assert_same_logits(pair)
+    with kernels.use_kernel_mapping({"RMSNorm": {"cpu": kernels.LocalLayerRepository(tmp_path, layer_name="Norm")}}):
+        for model in pair:
+            model.use_kernels = True
+    after, _ = assert_same_logits(pair)
+    assert not torch.allclose(after.logits, before.logits, atol=1e-2)
+    tokens = [model.generate(**INPUTS, max_new_tokens=6, do_sample=False) for model in pair]
+    assert torch.equal(*tokens) and not pair[0]._tinyfuse.fallbacks
 
 
 def test_sixty_layers_with_outlier_channels():

@@ -39,8 +39,8 @@ def gpt2() -> Report:
 
 
 @pytest.fixture(scope="module")
-def gpt_neo() -> Report:
-    return explain(zoo("gpt_neo"))
+def openai_gpt() -> Report:
+    return explain(zoo("openai-gpt"))
 
 
 def test_every_site_of_a_llama_is_fused(llama: Report) -> None:
@@ -80,16 +80,16 @@ def test_ops_are_counted_as_executed(llama: Report) -> None:
     assert llama.executed["linear_group"] + llama.executed["rms_norm_linear_group"] == 4
 
 
-def test_the_text_names_kinds_kernels_and_reasons(llama: Report, gpt_neo: Report) -> None:
+def test_the_text_names_kinds_kernels_and_reasons(llama: Report, openai_gpt: Report) -> None:
     text = str(llama)
     assert text.startswith("LlamaForCausalLM on cpu: 2 graphs (prompt, token), no graph break")
     assert "rms_norm_gated_linear/native x2" in text and "not fused" not in text
-    assert "attention x2 kept: it is written as products around a softmax in a form" in str(gpt_neo)
-    assert "transformer.h.*.attn" in str(gpt_neo)
+    assert "attention x2 kept: it is written as products around a softmax in a form" in str(openai_gpt)
+    assert "transformer.h.*.attn" in str(openai_gpt)
 
 
-def test_what_is_not_fused_has_a_reason(gpt_neo: Report) -> None:
-    missed = [site for site in gpt_neo.sites if site.status != "fused"]
+def test_what_is_not_fused_has_a_reason(openai_gpt: Report) -> None:
+    missed = [site for site in openai_gpt.sites if site.status != "fused"]
     assert missed and all(site.reason for site in missed)
 
 

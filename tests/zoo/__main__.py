@@ -3,12 +3,12 @@
     python -m tests.zoo [causal|encoders|TYPE ...] [--checks generate,int8,forward,bfloat16] [--jobs 2] [--json FILE]
         [--device cuda] [--replays] [--write]
 
-A line per type: ok, or what differed, or why stock itself does not run it; then the sites fused of those found, summed
-over the types that run, and the reasons for the others. Exit status 1 if anything differed, or, where all checks run,
-if fewer sites of a type are fused than in tests/golden/zoo.json or encoders.json; on another version of transformers
-and on a GPU, if a smaller share. ``--write`` writes those files, docs/models.md and docs/encoders.md anew, for
-whichever group ran as a whole; on an older version docs/models-oldest.md and encoders-oldest.md, on a GPU models-gpu.md
-and encoders-gpu.md.
+A line per type: ok, or what differed, or why stock itself does not run it; its graphs, and the reasons for which Dynamo
+cut a forward into several; then the sites fused of those found, summed over the types that run, and the reasons for the
+others. Exit status 1 if anything differed, or, where all checks run, if fewer sites of a type are fused than in
+tests/golden/zoo.json or encoders.json; on another version of transformers and on a GPU, if a smaller share. ``--write``
+writes those files, docs/models.md and docs/encoders.md anew, for whichever group ran as a whole; on an older version
+docs/models-oldest.md and encoders-oldest.md, on a GPU models-gpu.md and encoders-gpu.md.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ Every causal language model of transformers {transformers} as a tiny random mode
 logits through `torch.compile(model, backend="tinyfuse")`, greedy tokens through `tinyfuse.optimize`, both with and
 without padding, int8 against the quantised model run plainly, and `restore` to the bit. Loaded in bf16, its logits err
 by at most 1.5 times what stock's err: those of all tokens, of a model that chooses (experts, keys) those of the median
-token. Numbers are sites fused of those found in the graphs of both `forward`s and of `generate`. Made by
-`python -m tests.zoo --write`.
+token. Numbers are sites fused of those found in the graphs of both `forward`s and of `generate`; breaks are the reasons
+for which Dynamo cut a `forward` into several graphs. Made by `python -m tests.zoo --write`.
 """
 ENCODERS = """# Encoders and encoder-decoders
 
@@ -48,8 +48,8 @@ Tiny random models of transformers {transformers}, torch {torch} on {device}, wi
 with (`bert:MaskedLM` by `AutoModelForMaskedLM`): every output in fp32 through
 `torch.compile(model, backend="tinyfuse")` and through `tinyfuse.optimize`, with and without padding, and in bf16 no
 further from fp32 than 1.5 times stock; int8 against the quantised model run plainly; `generate`, greedy and with beams;
-`restore` to the bit. Numbers are sites fused of those found in all of these graphs. Made by
-`python -m tests.zoo encoders --write`.
+`restore` to the bit. Numbers are sites fused of those found in all of these graphs; breaks are the reasons for which
+Dynamo cut a `forward` into several graphs. Made by `python -m tests.zoo encoders --write`.
 
 `generate` of an encoder-decoder is transformers' own loop; the encoder and each step of the decoder are compiled, at
 most three graphs for all lengths. DeBERTa v1 reads a size from a tensor between the products of its attention: Dynamo
@@ -86,7 +86,8 @@ def line(result: Result, seconds: float) -> str:
     kinds = sorted({kind for kind, _ in result.sites})
     sites = " ".join(f"{kind} {result.sites[kind, 'fused']}/{result.sites[kind, 'found']}" for kind in kinds)
     noted = [f"{name}: {text}" for name, text in (result.wrong | result.stock).items()]
-    return " | ".join([f"{state:11} {result.model_type:26} {seconds:5.1f} s", sites, *noted, *result.fallbacks])
+    cut = f"graphs {result.graphs} breaks {len(result.breaks)}"
+    return " | ".join([f"{state:11} {result.model_type:26} {seconds:5.1f} s", cut, sites, *noted, *result.fallbacks])
 
 
 def totals(made: list[Result]) -> tuple[Counter, Counter]:
@@ -144,7 +145,8 @@ def page(head: str, made: list[Result], listed: Collection[str], device: str) ->
         noted = "; ".join(f"{name}: {text}" for name, text in (result.wrong | result.stock).items()).replace("|", " ")
         state = f"**wrong**: {noted}" if result.wrong else f"stock: {noted}" if result.stock else "equal"
         found = counts(result)
-        rows.append([result.model_type, state, *("/".join(map(str, found.get(kind, ""))) for kind in kinds)])
+        cut = [str(result.graphs), str(len(result.breaks) or "")] if result.graphs else ["", ""]
+        rows.append([result.model_type, state, *cut, *("/".join(map(str, found.get(kind, ""))) for kind in kinds)])
     return (head + TEXT).format(
         transformers=transformers.__version__,
         torch=torch.__version__.partition("+")[0],
@@ -153,7 +155,7 @@ def page(head: str, made: list[Result], listed: Collection[str], device: str) ->
         all=len(made),
         totals=table(["", *kinds], [["all", *shares]]),
         reasons=most_frequent(reasons),
-        types=(LEFT_OUT if len(rows) < len(made) else "") + table(["type", "result", *kinds], rows),
+        types=(LEFT_OUT if len(rows) < len(made) else "") + table(["type", "result", "graphs", "breaks", *kinds], rows),
     )
 
 

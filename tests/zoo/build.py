@@ -37,7 +37,7 @@ SIZES: dict[str, Any] = {
     **_named(40, "shared_expert_intermediate_size shared_intermediate_size shared_experts_intermediate_size"),
     **_named(1, "n_group topk_group"),
     **_named(WINDOW, "sliding_window attention_window_size attn_window_size"),
-    **_named(VOCABULARY, "vocab_size vocab_size_per_layer_input"),
+    **_named(VOCABULARY, "vocab_size vocab_size_per_layer_input unpadded_vocab_size"),
     **_named(97, "pronunciation_vocab_size shape_vocab_size encoder_hash_byte_group_vocab"),
     "q_lora_rank": 24,
     "kv_lora_rank": 16,
@@ -59,6 +59,10 @@ FIXES: dict[str, dict[str, Any]] = {  # what a type needs beside SIZES
     "cohere_compass_text": {"rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), SPATIAL_ROPE)},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}},
     "deepseek_v2": {"num_experts_per_tok": 2},
+    "dory": {
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"], "num_hidden_layers": 3,
+        "n_input_layers": 1, "n_output_layers": 1,
+    },
     "dots1": {
         "n_routed_experts": EXPERTS, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 56,
     },

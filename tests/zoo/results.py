@@ -20,7 +20,8 @@ LENGTH, PADDING = 12, 3  # of prompts, longer than a sliding window
 
 @dataclass
 class Result:
-    """``wrong``: what differed from stock, by check; ``stock``: what stock raised, where nothing could be compared."""
+    """``wrong``: what differed from stock, by check; ``stock``: what stock raised, where nothing could be compared;
+    ``breaks``: why Dynamo cut a forward into several graphs."""
 
     model_type: str
     wrong: dict[str, str] = field(default_factory=dict)
@@ -28,8 +29,12 @@ class Result:
     sites: Counter = field(default_factory=Counter)
     reasons: Counter = field(default_factory=Counter)
     fallbacks: list[str] = field(default_factory=list)
+    graphs: int = 0
+    breaks: list[str] = field(default_factory=list)
 
     def note(self, report: Report) -> None:
+        self.graphs += len(report.graphs)
+        self.breaks += [reason for reason in report.graph_breaks if reason not in self.breaks]
         for graph in report.graphs:
             for site in graph.sites:
                 self.sites[site.anchor, "found"] += 1

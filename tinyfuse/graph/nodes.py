@@ -54,6 +54,11 @@ def max_along(x: torch.Tensor, dim: int, keepdim: bool) -> torch.Tensor:
     return torch.max(x, dim, keepdim)
 
 
+def variance(x: torch.Tensor, dim: int, unbiased: bool, keepdim: bool) -> torch.Tensor:
+    """``torch.var`` along a dim with its keyword arguments in place."""
+    return torch.var(x, dim, unbiased=unbiased, keepdim=keepdim)
+
+
 def autocast_is_on() -> bool:
     """Whether autocast chooses the dtypes of products on a device that has kernels."""
     return torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu")

@@ -5,6 +5,7 @@ Nodes are changed in place, so a node of the original graph and its normal form 
 * methods and operators become ``torch`` functions, keyword arguments become positional, defaults are filled in;
 * dtype conversions become ``cast(x, dtype)``; ``view`` becomes ``reshape``; dims become non-negative;
 * a permutation that swaps two dims becomes ``transpose``; ``x[:, :, a:b]`` of three dims becomes ``x[..., a:b]``;
+* a tensor of one number that is compared with, or filled in, is the number;
 * conversions to the same dtype, contiguous() of a contiguous tensor, reshapes and expands to the same
   shape, dropout in evaluation, API logging and items of a tuple that nothing uses vanish.
 
@@ -33,13 +34,14 @@ from tinyfuse.graph.nodes import (
     same_shape,
     sdpa,
     value,
+    variance,
 )
 
 _METHODS: dict[str, Callable] = {
     "add": torch.add, "sub": torch.sub, "mul": torch.mul, "div": torch.div, "neg": torch.neg, "pow": torch.pow,
     "square": torch.square, "rsqrt": torch.rsqrt, "sqrt": torch.sqrt, "mean": torch.mean, "sum": torch.sum,
     "sigmoid": torch.sigmoid, "tanh": torch.tanh, "cos": torch.cos, "sin": torch.sin, "matmul": torch.matmul,
-    "bmm": torch.bmm, "baddbmm": baddbmm, "max": max_along,
+    "bmm": torch.bmm, "baddbmm": baddbmm, "max": max_along, "var": variance,
     "softmax": torch.softmax, "view": torch.reshape, "reshape": torch.reshape, "transpose": torch.transpose,
     "permute": torch.permute, "unsqueeze": torch.unsqueeze, "squeeze": torch.squeeze, "flatten": torch.flatten,
     "chunk": torch.chunk, "split": torch.split, "expand": torch.Tensor.expand,
@@ -48,12 +50,13 @@ _METHODS: dict[str, Callable] = {
 }  # fmt: skip
 _FUNCTIONS: dict[Callable, Callable] = {
     operator.add: torch.add, operator.sub: torch.sub, operator.mul: torch.mul, operator.truediv: torch.div,
-    operator.neg: torch.neg, operator.pow: torch.pow, operator.matmul: torch.matmul, torch.multiply: torch.mul,
-    torch.divide: torch.div, torch.subtract: torch.sub, torch.nn.functional.sigmoid: torch.sigmoid,
-    torch.nn.functional.tanh: torch.tanh, torch.nn.functional.softmax: torch.softmax, torch.relu: F.relu,
-    torch.swapaxes: torch.transpose, torch.concat: torch.cat, torch.layer_norm: F.layer_norm, F.gelu: gelu,
+    operator.neg: torch.neg, operator.pow: torch.pow, operator.matmul: torch.matmul, operator.eq: torch.eq,
+    torch.multiply: torch.mul, torch.divide: torch.div, torch.subtract: torch.sub,
+    torch.nn.functional.sigmoid: torch.sigmoid, torch.nn.functional.tanh: torch.tanh,
+    torch.nn.functional.softmax: torch.softmax, torch.relu: F.relu, torch.swapaxes: torch.transpose,
+    torch.concat: torch.cat, torch.layer_norm: F.layer_norm, F.gelu: gelu,
     F.scaled_dot_product_attention: sdpa, torch.rms_norm: F.rms_norm, torch.baddbmm: baddbmm,
-    torch.max: max_along, torch._grouped_mm: grouped_mm, F.grouped_mm: grouped_mm,
+    torch.max: max_along, torch.var: variance, torch._grouped_mm: grouped_mm, F.grouped_mm: grouped_mm,
 }  # fmt: skip
 _OVERLOADS: dict[str, Callable] = {"transformers::grouped_mm_fallback": grouped_mm_fallback}  # by name: not imported
 _REQUIRED = object()
@@ -79,6 +82,7 @@ _SIGNATURES: dict[Callable, dict[str, Any]] = {
     torch.addmm: {"input": _REQUIRED, "mat1": _REQUIRED, "mat2": _REQUIRED},
     baddbmm: {"input": _REQUIRED, "batch1": _REQUIRED, "batch2": _REQUIRED, "beta": 1, "alpha": 1},
     max_along: {"input": _REQUIRED, "dim": _REQUIRED, "keepdim": False},
+    variance: {"input": _REQUIRED, "dim": _REQUIRED, "unbiased": True, "keepdim": False},
     grouped_mm: {"input": _REQUIRED, "weight": _REQUIRED, "offs": None, "bias": None, "out_dtype": None},
     grouped_mm_fallback: {"input": _REQUIRED, "weight": _REQUIRED, "offs": _REQUIRED},
     F.linear: {"input": _REQUIRED, "weight": _REQUIRED, "bias": None},
@@ -105,6 +109,7 @@ _SHAPE_ARGS = {torch.reshape, torch.permute, torch.Tensor.expand}
 _DIM_ARGS = {
     torch.mean: (1,), torch.sum: (1,), torch.softmax: (1,), torch.logsumexp: (1,), torch.transpose: (1, 2),
     torch.chunk: (2,), torch.split: (2,), torch.flatten: (1, 2), torch.cat: (1,), max_along: (1,),
+    variance: (1,),
 }  # fmt: skip
 
 
@@ -153,6 +158,18 @@ def _canonical_call(node: Node) -> None:
     args = _positional(target, node)
     if args is not None:
         _become(node, *_shorter(target, args))
+    if node.target in (torch.masked_fill, torch.where, torch.eq) and not node.kwargs:
+        node.args = tuple([_number(arg, node) for arg in node.args])
+
+
+def _number(arg: Any, user: Node) -> Any:
+    """The number that ``arg`` makes a tensor of for ``user`` alone, which rounds it to the same."""
+    made = is_tensor(arg) and arg.target in (torch.tensor, torch.scalar_tensor) and len(arg.args) == 1
+    if not made or len(arg.users) > 1:
+        return arg
+    number, others = arg.args[0], {value(n).dtype for n in user.all_input_nodes if n is not arg} - {torch.bool}
+    filled = type(number) in (int, float) and user.target is not torch.eq and others == {value(arg).dtype}
+    return number if filled or type(number) is bool else arg
 
 
 def _shorter(target: Callable, args: tuple) -> tuple[Callable, tuple]:
@@ -196,7 +213,7 @@ def _positional(target: Callable, node: Node) -> tuple | None:
     if bound.pop("inplace", False):
         return None
     filled = list(bound.values())
-    if target is max_along and not isinstance(bound["dim"], int):
+    if target in (max_along, variance) and type(bound["dim"]) is not int:
         return None  # of all elements, or of two tensors
     for position in _DIM_ARGS.get(target, ()):
         filled[position] = _positive_dim(filled[position], filled[0])

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, StaticCache, StaticLayer, StaticSlidingWindowLayer
 
 from tinyfuse.graph.record import Given, record
+from tinyfuse.runtime.forward import CACHE
 from tinyfuse.runtime.recorded import unchanged
 from tinyfuse.runtime.window import MASK, WindowLayer, ring_masks
 
@@ -198,10 +199,12 @@ def _probe(model: torch.nn.Module, forward: Callable[..., Any]) -> tuple[list[tu
         cache = _imagined(model, forward, ids)
         if cache is None:
             cache = _static_cache(model, 4)
-            forward(input_ids=ids, past_key_values=cache, use_cache=True)
+            forward(input_ids=ids, use_cache=True, **{CACHE: cache})
         written = [(layer.keys, layer.values) if isinstance(layer, StaticLayer) else None for layer in cache.layers]
         shapes = [like and tuple(map(none_of, like)) for like in written]
         cache = _static_cache(model, 4)
+        if len(cache.layers) != len(shapes):
+            raise NotPlain("the forward adds layers to its cache")
         for layer, like in zip(cache.layers, shapes, strict=True):
             if like is not None:
                 layer.lazy_initialization(*like)
@@ -209,7 +212,7 @@ def _probe(model: torch.nn.Module, forward: Callable[..., Any]) -> tuple[list[tu
         more, mask = ids.new_zeros(1, 3), ids.new_ones(1, 3)
         try:
             prepared = model.prepare_inputs_for_generation(
-                more, next_sequence_length=1, past_key_values=cache, attention_mask=mask, use_cache=True
+                more, next_sequence_length=1, attention_mask=mask, use_cache=True, **{CACHE: cache}
             )
         except Exception:  # a model that wants more arguments than these
             prepared = {}
@@ -221,7 +224,7 @@ def _imagined(model: torch.nn.Module, forward: Callable[..., Any], ids: Tensor) 
     cache = _static_cache(model, 4)
 
     def call(fakes: dict[str, Tensor]) -> None:
-        forward(input_ids=fakes["ids"], past_key_values=cache, use_cache=True)
+        forward(input_ids=fakes["ids"], use_cache=True, **{CACHE: cache})
 
     try:
         with unchanged(model):

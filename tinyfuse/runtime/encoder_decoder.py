@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCa
 from transformers.generation.stopping_criteria import MaxLengthCriteria
 
 from tinyfuse.runtime.cache import cache_length, empty, fill, held_bytes, make_room, none_of
+from tinyfuse.runtime.forward import CACHE
 
 DEVICES = ("cuda",)
 
@@ -58,18 +59,18 @@ def loop(runtime, streamer: Any) -> Callable[..., Any]:
     def run(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
         generation_config.disable_compile = True  # it is compiled already
         limits = [c.max_length for c in stopping_criteria if isinstance(c, MaxLengthCriteria)]
-        prepared, encoded, cache = kwargs.get("past_key_values"), kwargs.get("encoder_outputs"), None
+        prepared, encoded, cache = kwargs.get(CACHE), kwargs.get("encoder_outputs"), None
         grows = isinstance(prepared, EncoderDecoderCache) and type(prepared.self_attention_cache) is DynamicCache
         wide = generation_config.output_attentions  # which would show how long the cache is
         if grows and limits and encoded is not None and not wide and not prepared.get_seq_length():
             cache = runtime.caches.acquire(runtime, input_ids, encoded, min(limits))
         with runtime.in_order(input_ids.device):
-            kwargs["past_key_values"] = prepared if cache is None else cache
+            kwargs[CACHE] = prepared if cache is None else cache
             made = model._sample(
                 input_ids, logits_processor, stopping_criteria, generation_config, streamer=streamer, **kwargs
             )
             if cache is not None and not isinstance(made, Tensor):
-                made.past_key_values = _filled(prepared, cache)
+                made[CACHE] = _filled(prepared, cache)
             return made
 
     return run
@@ -93,9 +94,7 @@ def _shapes(runtime, ids: Tensor, encoded: Any) -> list[list[tuple[Tensor, Tenso
     """Keys and values of no position, per layer of the decoder's and of the encoder's part, from a stock forward."""
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
     states = type(encoded)(last_hidden_state=encoded[0][:1, :1])
-    runtime.stock("forward")(
-        decoder_input_ids=ids[:1, :1], encoder_outputs=states, past_key_values=cache, use_cache=True
-    )
+    runtime.stock("forward")(decoder_input_ids=ids[:1, :1], encoder_outputs=states, use_cache=True, **{CACHE: cache})
     return [[(none_of(layer.keys), none_of(layer.values)) for layer in part.layers] for part in _parts(cache)]
 
 

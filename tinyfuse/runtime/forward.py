@@ -14,9 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.generation.utils import GenerationMixin
 
 from tinyfuse.report import Report, collect
 
+# The name of the cache among a forward's arguments and results; up to transformers 5.23 the second.
+CACHES = ("cache", "past_key_values")
+CACHE = next(n for n in CACHES if n in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters)
 # The dimension that grows with the prompt, by the names transformers uses; the last one where the rank varies.
 TOKENS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
 SEQUENCE_INPUTS = (
@@ -169,7 +173,7 @@ def mark_dynamic(inputs: dict[str, Any]) -> tuple[bool, bool, int]:
                 torch._dynamo.maybe_mark_dynamic(tensor, dims)
                 if name in TOKENS:
                     tokens, rows = tokens or bool(dims), rows or tensor.shape[0] > 1
-    return tokens, rows, _mark_cache(inputs.get("past_key_values"))
+    return tokens, rows, max(_mark_cache(inputs.get(name)) for name in CACHES)
 
 
 def _mark_cache(cache: Any) -> int:

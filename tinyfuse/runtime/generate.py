@@ -23,6 +23,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerationM
 
 from tinyfuse.runtime import encoder_decoder
 from tinyfuse.runtime.cache import Slot, fill
+from tinyfuse.runtime.forward import CACHE, CACHES
 from tinyfuse.runtime.prompt import prefill
 from tinyfuse.runtime.step import Inputs, NotAdvanceable, Step, block_rows, kind
 from tinyfuse.runtime.tail import Choice, Tail, choice
@@ -101,7 +102,7 @@ def model_reason(model: torch.nn.Module) -> str | None:
 
 def call_reason(model: torch.nn.Module, call: dict[str, Any]) -> str | None:
     """Why the loop does not cover a call of ``generate`` with the arguments ``call``; None if it does."""
-    for name in ("past_key_values", "cache_params", "custom_generate", "assistant_model", "negative_prompt_ids"):
+    for name in (*CACHES, "cache_params", "custom_generate", "assistant_model", "negative_prompt_ids"):
         if call.get(name) is not None:
             return f"generate was called with {name}"
     if call.get("synced_gpus"):
@@ -285,7 +286,7 @@ def generate_tokens(
     """What ``_sample`` does with these arguments, which ``generate`` has prepared; ``kwargs`` go to the model."""
     model = runtime.model
     limits = [c.max_length for c in stopping_criteria if isinstance(c, MaxLengthCriteria)]
-    prepared = kwargs.get("past_key_values")
+    prepared = kwargs.get(CACHE)
     reason = None
     if type(prepared) is not DynamicCache or prepared.offloading:
         reason = f"the cache is a {type(prepared).__name__}, not a plain key/value cache"
@@ -397,8 +398,8 @@ class Loop:
 
     def run(self, kwargs: dict[str, Any], prompt: int) -> Tensor | GenerateDecoderOnlyOutput:
         """``kwargs`` of the model for a prompt of that many positions."""
-        model, prepared = self.runtime.model, kwargs["past_key_values"]
-        kwargs["past_key_values"] = self.slot.cache
+        model, prepared = self.runtime.model, kwargs[CACHE]
+        kwargs[CACHE] = self.slot.cache
         self.slot.fill_with_prompt(True)
         outputs = _prefill(self.runtime, self.slot, self.input_ids, self.config, kwargs)
         self.slot.fill_with_prompt(False)
@@ -496,7 +497,7 @@ class Loop:
             sequences=sequences,
             scores=tuple(self.scores[:count]) if self.keeps_scores else None,
             logits=tuple(self.logits[:count]) if self.keeps_logits else None,
-            past_key_values=prepared,
+            **{CACHE: prepared},
         )
 
 

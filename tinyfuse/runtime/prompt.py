@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tinyfuse.runtime.cache import Slot
 from tinyfuse.runtime.captured import Captured, NotCapturable
+from tinyfuse.runtime.forward import CACHE
 from tinyfuse.runtime.step import fixed, on_buffers, tensors
 from tinyfuse.runtime.window import MASK
 
@@ -22,9 +23,7 @@ LENGTHS = (32, 64, 96, 128, 192, 256, 384, 512)
 BUSY = 1024  # tokens that keep a GPU busy for longer than Python takes
 DEVICES = ("cuda",)
 MOST = 16  # kinds of prompts that one slot keeps
-ARGUMENTS = {
-    "input_ids", "position_ids", "attention_mask", "past_key_values", "logits_to_keep", "use_cache", "return_dict",
-}  # fmt: skip
+ARGUMENTS = {"input_ids", "position_ids", "attention_mask", CACHE, "logits_to_keep", "use_cache", "return_dict"}
 
 
 def prefill(runtime, slot: Slot, inputs: dict[str, Any]) -> Any | None:

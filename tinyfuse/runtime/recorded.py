@@ -22,11 +22,10 @@ from tinyfuse.fallback import FallbackError
 from tinyfuse.graph.nodes import autocast_is_on
 from tinyfuse.graph.record import Declined, Given, Recording, record
 from tinyfuse.report import Report, collect
-from tinyfuse.runtime.forward import GraphCall, sequence_dims
+from tinyfuse.runtime.forward import CACHE, GraphCall, sequence_dims
 from tinyfuse.runtime.window import WindowLayer
 
 MOST = 4  # recordings of one kind, which differ in what the code decided by sizes
-CACHE = "past_key_values"
 # Hooks of this module stay after a call that asked for hidden states, and do nothing in others.
 CAPTURES = "transformers.utils.output_capturing"
 STATE = ("keys", "values", "cumulative_length")

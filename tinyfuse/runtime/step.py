@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tinyfuse.kernels import _advance
 from tinyfuse.runtime.cache import Slot
 from tinyfuse.runtime.captured import Captured, NotCapturable
-from tinyfuse.runtime.forward import GraphCall, intercept, record_graphs
+from tinyfuse.runtime.forward import CACHE, GraphCall, intercept, record_graphs
 from tinyfuse.runtime.tail import Choice, Tail
 
 ROWS = 128
@@ -133,7 +133,7 @@ def kind(first: dict[str, Any]) -> tuple[Any, ...]:
 
 def fixed(inputs: dict[str, Any]) -> tuple[tuple[str, str], ...]:
     """What is neither a tensor nor the cache, to be told apart by."""
-    return tuple((name, repr(value)) for name, value in constants(inputs).items() if name != "past_key_values")
+    return tuple((name, repr(value)) for name, value in constants(inputs).items() if name != CACHE)
 
 
 class Step:
