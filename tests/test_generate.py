@@ -31,7 +31,9 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from tinyfuse.api import optimize, restore
+from tinyfuse.kernels import _triton
 from tinyfuse.runtime import prompt as padded
+from tinyfuse.runtime import recorded
 from tinyfuse.runtime.cache import CachePool
 from tinyfuse.runtime.tail import Tail
 from tinyfuse.runtime.window import in_ring
@@ -216,6 +218,31 @@ def test_padded_prompts(family, monkeypatch):
     prompts = [prompt for slot in pair.fast._tinyfuse.pool.slots.values() for prompt in slot.prompts.values()]
     assert 4 <= len(prompts) <= 10 and all(prompt.usable for prompt in prompts)
     assert pair.fallbacks == []
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("lengths", [(), (12,)], ids=["as it is", "padded"])
+def test_a_token_is_recorded_while_the_kernels_of_the_prompt_compile(family, lengths, monkeypatch):
+    """As on a GPU, before anything has run; it is the graph that the loop then asks for, and the last one recorded."""
+    monkeypatch.setattr(padded, "DEVICES", ("cpu",))
+    monkeypatch.setattr(padded, "LENGTHS", lengths)
+    monkeypatch.setattr(recorded, "_compiles_ahead", lambda call: True)
+    rehearsed = []
+
+    def rehearse(bound, after):
+        calls = [graph.calls for graph in pair.fast._tinyfuse.report.graphs]
+        rehearsed.append((_triton._block.get(), after is not None, sum(calls)))
+
+    monkeypatch.setattr(recorded, "_rehearse", rehearse)
+    pair = Pair(FAMILIES[family])
+    pair.same(**ONE)
+    (block, _, _), _ = rehearsed
+    assert rehearsed == [(block, False, 0), (block, True, 0)] and block is not None
+    pair.same(**ONE, seed=2)
+    assert len(rehearsed) == 2 and _triton._block.get() is None
+    pair.same(**PADDED)
+    assert pair.fallbacks == []
+    assert [len(known) for known in pair.fast._tinyfuse.recordings.compiled.values()] == [1] * len(rehearsed)
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma3"])

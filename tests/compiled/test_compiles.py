@@ -8,12 +8,14 @@ import importlib
 import pkgutil
 import re
 from functools import partial
+from threading import Event
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
@@ -44,7 +46,7 @@ from tinyfuse.kernels import (
     softcap,
     step_counters,
 )
-from tinyfuse.kernels._triton import rehearsal
+from tinyfuse.kernels._triton import awakening, rehearsal, rehearsing, side_by_side
 
 BF16 = torch.bfloat16
 READ_WEIGHTS = {"_gemm", "_gemv", "_one_row", "_cast", "_pairs", "_experts_gemm"}
@@ -72,6 +74,9 @@ def hopper(monkeypatch, tmp_path):
             if name.lstrip("_").startswith("bind"):
                 value.cache_clear()
     monkeypatch.setattr(driver, "_active", HOPPER)
+    monkeypatch.setattr(torch.cuda, "current_device", HOPPER.get_current_device)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    awakening(HOPPER.get_current_device()).join()
 
 
 @pytest.fixture
@@ -197,7 +202,6 @@ def test_what_a_rehearsal_compiles_is_not_compiled_again(hopper, monkeypatch, re
     """On fake tensors, side by side; what a launch then finds is the same kernels, for tensors with memory."""
     made, loaded, compile_one = [], [], JITFunction._do_compile
     monkeypatch.setattr(HOPPER.utils, "load_binary", lambda name, *_: loaded.append(name) or (1, 1, 32, 0, 1024))
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
 
     def counting(self, *args, **kwargs):
         made.append(self.__name__)
@@ -229,3 +233,26 @@ def test_what_a_rehearsal_compiles_is_not_compiled_again(hopper, monkeypatch, re
     request.getfixturevalue("compiled")
     launches()
     assert not made
+
+
+def test_a_block_goes_on_while_kernels_compile(hopper, monkeypatch):
+    """None is awaited before its end, and what two rehearsals launch alike is compiled once."""
+    submitted, loaded, go_on, make_ir = [], [], Event(), ASTSource.make_ir
+    monkeypatch.setattr(HOPPER.utils, "load_binary", lambda name, *_: loaded.append(name) or (1, 1, 32, 0, 1024))
+    compile_one = JITFunction._do_compile
+    monkeypatch.setattr(
+        JITFunction, "_do_compile", lambda self, *args: submitted.append(self.__name__) or compile_one(self, *args)
+    )
+    monkeypatch.setattr(ASTSource, "make_ir", lambda self, *args: go_on.wait(60) and make_ir(self, *args))
+
+    def rehearse() -> None:
+        with FakeTensorMode(), rehearsal():
+            rms_norm.run_triton(ones(2, 256), ones(256), 1e-5, False, True)
+            softcap.run_triton(ones(2, 256), 30.0)
+
+    with side_by_side():
+        rehearse()
+        rehearse()
+        assert not rehearsing() and not loaded
+        go_on.set()
+    assert submitted == ["_rms_norm", "_softcap"] and set(loaded) == set(submitted)
