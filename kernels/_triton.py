@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from threading import Thread
 from types import SimpleNamespace
@@ -44,11 +44,10 @@ def pdl(device: torch.device) -> bool:
 
 @dataclass
 class _Block:
-    """A block of :func:`side_by_side`: what ends with it, the launches that its rehearsals have seen, and, in one of
-    them, what ops gave by what they were given."""
+    """A block of :func:`side_by_side`: what its rehearsals have launched, (kernel, arguments, options) on a grid, and,
+    in one of them, what ops gave by what they were given."""
 
-    stack: ExitStack
-    launches: set[Any] | None = None
+    launches: dict[tuple[Any, ...], tuple[int, ...]] = field(default_factory=dict)
     results: dict[Any, Any] | None = None
 
 
@@ -84,32 +83,41 @@ def _loaded(compile_kernel: Callable[[], Any]) -> Any:
 
 @contextmanager
 def side_by_side() -> Iterator[_Block]:
-    """The kernels of the rehearsals inside are compiled while the block goes on, and are there at its end."""
+    """The kernels that rehearsals inside launch are compiled and loaded side by side at the end; one that cannot be is
+    left to its first real launch."""
     if (outer := _block.get()) is not None:
         yield outer
         return
-    with ExitStack() as stack:
-        block = _Block(stack)
-        token = _block.set(block)
-        try:
-            yield block
-        finally:
-            _block.reset(token)
+    block = _Block()
+    token = _block.set(block)
+    try:
+        yield block
+    finally:
+        _block.reset(token)
+    if block.launches:
+        _compile(block.launches)
 
 
 @contextmanager
 def rehearsal() -> Iterator[None]:
-    """Kernels that are launched inside, on fake tensors, are compiled and loaded side by side; one that cannot be is
-    left to its first real launch. Nothing may keep a tensor that it makes inside."""
+    """Kernels that are launched inside, on fake tensors, are compiled at the end of the block of :func:`side_by_side`
+    around it. Nothing may keep a tensor that it makes inside."""
     with side_by_side() as block:
-        if block.launches is None:
-            _open(block.stack)
-            block.launches = set()
         block.results = {}
         try:
             yield
         finally:
             block.results = None
+
+
+def _compile(launches: dict[tuple[Any, ...], tuple[int, ...]]) -> None:
+    """The kernels of most code come first: what takes longest is not to start last."""
+    device = torch.cuda.current_device()
+    awakening(device).join()
+    pool = _Loader(os.cpu_count(), "compile", torch.cuda.set_device, (device,))
+    with pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+        for kernel, kinds, options in sorted(launches, key=lambda launch: -len(launch[0].src)):
+            kernel.warmup(*kinds, grid=launches[kernel, kinds, options], **dict(options))
 
 
 @jit
@@ -131,24 +139,12 @@ def awakening(device: int) -> Thread:
     return thread
 
 
-def _open(stack: ExitStack) -> None:
-    """Let launches compile on other threads, until ``stack`` ends and waits for them."""
-    device = torch.cuda.current_device()
-    awakening(device).join()
-    pool = stack.enter_context(_Loader(os.cpu_count(), "compile", torch.cuda.set_device, (device,)))
-    stack.enter_context(triton.AsyncCompileMode(pool, ignore_errors=True))
-
-
 def start(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> Any:
     """Launch ``kernel``, or compile it for arguments that begin at multiples of 16 bytes."""
     if not rehearsing():
         return kernel[grid](*args, **options)
     kinds = tuple([a.dtype if isinstance(a, torch.Tensor) else a for a in args])
-    launch = kernel, kinds, tuple(options.items())
-    seen = _block.get().launches
-    if launch not in seen:  # Triton would look for it on disk as long as it is being compiled
-        seen.add(launch)
-        kernel.warmup(*kinds, grid=grid, **options)
+    _block.get().launches.setdefault((kernel, kinds, tuple(options.items())), grid)
     return None
 
 

@@ -5,6 +5,7 @@ import functools
 import itertools
 import threading
 import time
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -222,11 +223,12 @@ def test_padded_prompts(family, monkeypatch):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("lengths", [(), (12,)], ids=["as it is", "padded"])
-def test_a_token_is_recorded_while_the_kernels_of_the_prompt_compile(family, lengths, monkeypatch):
-    """As on a GPU, before anything has run; it is the graph that the loop then asks for, and the last one recorded."""
+def test_prompt_and_token_are_recorded_before_their_kernels_compile(family, lengths, monkeypatch):
+    """As on a GPU: in one block, before anything has run. The loop then asks for the same graphs."""
     monkeypatch.setattr(padded, "DEVICES", ("cpu",))
     monkeypatch.setattr(padded, "LENGTHS", lengths)
-    monkeypatch.setattr(recorded, "_compiles_ahead", lambda call: True)
+    monkeypatch.setattr(recorded, "_compiles_ahead", lambda gpu: True)
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
     rehearsed = []
 
     def rehearse(bound, after):
@@ -237,7 +239,7 @@ def test_a_token_is_recorded_while_the_kernels_of_the_prompt_compile(family, len
     pair = Pair(FAMILIES[family])
     pair.same(**ONE)
     (block, _, _), _ = rehearsed
-    assert rehearsed == [(block, False, 0), (block, True, 0)] and block is not None
+    assert rehearsed == [(block, True, 0), (block, False, 0)] and block is not None
     pair.same(**ONE, seed=2)
     assert len(rehearsed) == 2 and _triton._block.get() is None
     pair.same(**PADDED)

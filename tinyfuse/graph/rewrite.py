@@ -6,6 +6,7 @@ other users, the inputs exist before the first use of the result, and no write m
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -55,7 +56,8 @@ def rewrite(graph: Graph, patterns: Sequence[Pattern]) -> Outcome:
 
 def _apply(graph: Graph, pattern: Pattern, outcome: Outcome) -> None:
     heads = pattern.targets()
-    for node in sorted(node for head in heads for node in graph.find_nodes(op="call_function", target=head, sort=False)):
+    found = [graph.find_nodes(op="call_function", target=head, sort=False) for head in heads]
+    for node in sorted(itertools.chain.from_iterable(found)):
         if node.target in heads and not node._erased:
             _rewrite_at(graph, node, pattern, outcome)
 

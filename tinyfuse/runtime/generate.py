@@ -345,9 +345,9 @@ def _prefill(
     input_ids: Tensor,
     config: GenerationConfig,
     kwargs: dict[str, Any],
-    meanwhile: Callable[[Bound], None],
+    beside: Callable[[Bound], None],
 ) -> Any:
-    """The forward of the prompt; ``meanwhile``: what to do while its kernels are compiled."""
+    """The forward of the prompt; ``beside`` as in ``Recordings.bind``."""
     model = runtime.model
     if config.prefill_chunk_size is not None:
         config.disable_compile = True  # it is compiled already
@@ -359,10 +359,10 @@ def _prefill(
     inputs["return_dict"] = True
     if runtime.hooked():
         return model(**inputs)
-    outputs = prefill(runtime, slot, inputs, meanwhile)
+    outputs = prefill(runtime, slot, inputs, beside)
     if outputs is not None:
         return outputs
-    bound = runtime.recordings.bind(inputs, "prompt", meanwhile=meanwhile)
+    bound = runtime.recordings.bind(inputs, "prompt", beside=beside)
     if isinstance(bound, str):
         runtime.unrecorded(bound)
         return model(**inputs)

@@ -28,11 +28,9 @@ ARGUMENTS = {
 }  # fmt: skip
 
 
-def prefill(
-    runtime, slot: Slot, inputs: dict[str, Any], meanwhile: Callable[[Bound], None] | None = None
-) -> Any | None:
+def prefill(runtime, slot: Slot, inputs: dict[str, Any], beside: Callable[[Bound], None] | None = None) -> Any | None:
     """The forward of a prompt into the empty ``slot``, its logits those of the last token; None if it cannot be
-    padded. ``meanwhile``: what to do while its kernels are compiled."""
+    padded. ``beside`` as in ``Recordings.bind``."""
     dims = _sequence_dims(inputs)
     ids = inputs.get("input_ids")
     if dims is None or slot.rings or ids.device.type not in DEVICES:
@@ -47,7 +45,7 @@ def prefill(
     if prompt is None or prompt.version != runtime.recordings.version:
         while len(slot.prompts) >= MOST:
             slot.prompts.popitem(last=False)
-        prompt = slot.prompts[key] = Prompt(runtime, slot, inputs, shapes, dims, meanwhile)
+        prompt = slot.prompts[key] = Prompt(runtime, slot, inputs, shapes, dims, beside)
     slot.prompts.move_to_end(key)
     return prompt(inputs, length) if prompt.usable else None
 
@@ -80,14 +78,14 @@ class Prompt:
         inputs: dict[str, Any],
         shapes: dict[str, tuple[int, ...]],
         dims: dict[str, int],
-        meanwhile: Callable[[Bound], None] | None,
+        beside: Callable[[Bound], None] | None,
     ):
         self.runtime, self.slot, self.dims = runtime, slot, dims
         self.version = runtime.recordings.version
         self.buffers = {name: value.new_zeros(shapes[name]) for name, value in tensors(inputs)}
         self.last = torch.zeros(1, dtype=torch.long, device=inputs["input_ids"].device)
         arguments = on_buffers(inputs, self.buffers) | {"logits_to_keep": self.last}
-        bound = runtime.recordings.bind(arguments, "padded prompt", meanwhile=meanwhile)
+        bound = runtime.recordings.bind(arguments, "padded prompt", beside=beside)
         self.bound, self.usable = bound, not isinstance(bound, str)
         self.run: Callable[[], Any] | None = None
 

@@ -161,11 +161,11 @@ class Recordings:
         arguments: dict[str, Any],
         stage: str,
         after: Callable[[ModelOutput], None] | None = None,
-        meanwhile: Callable[[Bound], None] | None = None,
+        beside: Callable[[Bound], None] | None = None,
     ) -> Bound | str:
         """The graph of ``forward(**arguments)``, or why there is none. Calls of one ``stage`` share graphs. ``after``:
-        what follows on it, whose kernels are compiled with those of the graph. ``meanwhile`` is called while kernels
-        are compiled; those that it needs join them."""
+        what follows on it, whose kernels are compiled with those of the graph. ``beside`` binds what else is known to
+        be needed, before kernels are compiled: all at once."""
         if autocast_is_on():
             return "autocast is on"
         try:
@@ -182,7 +182,7 @@ class Recordings:
             try:
                 with _no_collection():
                     found = self._record(arguments, given, len(known))
-                    _compile_kernels(_bound(found, arguments, tensors), after, meanwhile)
+                    _compile_kernels(_bound(found, arguments, tensors), after, beside)
             except FallbackError:
                 raise
             except Exception as error:
@@ -224,36 +224,36 @@ class Recordings:
 
 
 def wake(device: torch.device) -> None:
-    """Begin what takes a compiler of kernels long, beside whatever follows."""
+    """Let the compiler of kernels begin with what takes it long; nothing waits for it."""
     from tinyfuse.kernels import _triton
 
     if device.type == "cuda" and not _triton.missing:
         _triton.awakening(device.index)
 
 
-def _compiles_ahead(call: GraphCall) -> bool:
-    """Whether the kernels of a call are compiled before its first run, side by side, which the run would do one after
-    the other: those of a 7B's prompt and token take 10 s of one core. On GPUs whose kernels are chosen by time the run
-    has to come first."""
+def _compiles_ahead(gpu: torch.device | None) -> bool:
+    """Whether kernels are compiled before their first run, side by side, which the run would do one after the other:
+    those of a 7B's prompt and token take 10 s of one core. On GPUs whose kernels are chosen by time the run has to come
+    first."""
     from tinyfuse.kernels import _triton
 
-    devices = {a.device for a in call.args if isinstance(a, Tensor) and a.device.type == "cuda"}
-    return bool(devices) and not _triton.missing and not any(map(choices.measures, devices))
+    return gpu is not None and not _triton.missing and not choices.measures(gpu)
 
 
 def _compile_kernels(
-    bound: Bound, after: Callable[[ModelOutput], None] | None, meanwhile: Callable[[Bound], None] | None
+    bound: Bound, after: Callable[[ModelOutput], None] | None, beside: Callable[[Bound], None] | None
 ) -> None:
-    """Compile the kernels of a call and of what follows; other arguments as in :meth:`Recordings.bind`."""
+    """Compile the kernels of a call and of what follows; arguments as in :meth:`Recordings.bind`."""
     from tinyfuse.kernels import _triton
 
-    if not _compiles_ahead(bound.graph):
+    gpu = next((a.device for a in bound.graph.args if isinstance(a, Tensor) and a.device.type == "cuda"), None)
+    if not _compiles_ahead(gpu):
         return
     try:
-        with _triton.side_by_side():
+        with torch.cuda.device(gpu), _triton.side_by_side():
+            if beside is not None:
+                beside(bound)
             _rehearse(bound, after)
-            if meanwhile is not None:
-                meanwhile(bound)
     except Exception as error:
         fallback.record("compile", f"kernels are compiled one by one: {type(error).__name__}: {error}", error)
 
