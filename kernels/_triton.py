@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from functools import cache
+from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -40,13 +42,30 @@ def pdl(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-# The launches seen, where launches only compile.
-_rehearsed: ContextVar[set[Any] | None] = ContextVar("rehearsed", default=None)
+@dataclass
+class _Block:
+    """A block of :func:`side_by_side`: what its rehearsals have launched, (kernel, arguments, options) on a grid, and,
+    in one of them, what ops gave by what they were given."""
+
+    launches: dict[tuple[Any, ...], tuple[int, ...]] = field(default_factory=dict)
+    results: dict[Any, Any] | None = None
+
+
+_block: ContextVar[_Block | None] = ContextVar("block", default=None)
 
 
 def rehearsing() -> bool:
     """Whether launches compile and do nothing else, and tensors have no memory."""
-    return _rehearsed.get() is not None
+    block = _block.get()
+    return block is not None and block.results is not None
+
+
+def once(looks: Any, run: Callable[[], Any]) -> Any:
+    """In a rehearsal: what ``run`` gives, which runs once for all calls that look alike."""
+    results = _block.get().results
+    if looks not in results:
+        results[looks] = run()
+    return results[looks]
 
 
 class _Loader(ThreadPoolExecutor):
@@ -63,29 +82,69 @@ def _loaded(compile_kernel: Callable[[], Any]) -> Any:
 
 
 @contextmanager
+def side_by_side() -> Iterator[_Block]:
+    """The kernels that rehearsals inside launch are compiled and loaded side by side at the end; one that cannot be is
+    left to its first real launch."""
+    if (outer := _block.get()) is not None:
+        yield outer
+        return
+    block = _Block()
+    token = _block.set(block)
+    try:
+        yield block
+    finally:
+        _block.reset(token)
+    if block.launches:
+        _compile(block.launches)
+
+
+@contextmanager
 def rehearsal() -> Iterator[None]:
-    """Kernels that are launched inside, on fake tensors, are compiled and loaded side by side; one that cannot be is
-    left to its first real launch. Nothing may keep a tensor that it makes inside."""
-    device = triton.runtime.driver.active.get_current_device()
-    pool = _Loader(os.cpu_count(), "compile", torch.cuda.set_device, (device,))
-    with pool, triton.AsyncCompileMode(pool, ignore_errors=True):
-        token = _rehearsed.set(set())
+    """Kernels that are launched inside, on fake tensors, are compiled at the end of the block of :func:`side_by_side`
+    around it. Nothing may keep a tensor that it makes inside."""
+    with side_by_side() as block:
+        block.results = {}
         try:
             yield
         finally:
-            _rehearsed.reset(token)
+            block.results = None
+
+
+def _compile(launches: dict[tuple[Any, ...], tuple[int, ...]]) -> None:
+    """The kernels of most code come first: what takes longest is not to start last."""
+    device = torch.cuda.current_device()
+    awakening(device).join()
+    pool = _Loader(os.cpu_count(), "compile", torch.cuda.set_device, (device,))
+    with pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+        for kernel, kinds, options in sorted(launches, key=lambda launch: -len(launch[0].src)):
+            kernel.warmup(*kinds, grid=launches[kernel, kinds, options], **dict(options))
+
+
+@jit
+def _nothing():
+    pass
+
+
+def _compile_nothing(device: int) -> None:
+    with suppress(Exception):
+        torch.cuda.set_device(device)
+        _nothing.warmup(grid=(1,))
+
+
+@cache
+def awakening(device: int) -> Thread:
+    """Does what Triton does once in a process: builds its driver with a C compiler, hashes its own code."""
+    thread = Thread(target=_compile_nothing, args=(device,))
+    thread.start()
+    return thread
 
 
 def start(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> Any:
     """Launch ``kernel``, or compile it for arguments that begin at multiples of 16 bytes."""
-    seen = _rehearsed.get()
-    if seen is None:
+    if not rehearsing():
         return kernel[grid](*args, **options)
     kinds = tuple([a.dtype if isinstance(a, torch.Tensor) else a for a in args])
-    launch = kernel, kinds, tuple(options.items())
-    if launch not in seen:  # Triton would look for it on disk as long as it is being compiled
-        seen.add(launch)
-        kernel.warmup(*kinds, grid=grid, **options)
+    _block.get().launches.setdefault((kernel, kinds, tuple(options.items())), grid)
     return None
 
 

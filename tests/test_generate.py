@@ -5,6 +5,7 @@ import functools
 import itertools
 import threading
 import time
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -31,7 +32,9 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from tinyfuse.api import optimize, restore
+from tinyfuse.kernels import _triton
 from tinyfuse.runtime import prompt as padded
+from tinyfuse.runtime import recorded
 from tinyfuse.runtime.cache import CachePool
 from tinyfuse.runtime.forward import CACHE
 from tinyfuse.runtime.tail import Tail
@@ -217,6 +220,32 @@ def test_padded_prompts(family, monkeypatch):
     prompts = [prompt for slot in pair.fast._tinyfuse.pool.slots.values() for prompt in slot.prompts.values()]
     assert 4 <= len(prompts) <= 10 and all(prompt.usable for prompt in prompts)
     assert pair.fallbacks == []
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("lengths", [(), (12,)], ids=["as it is", "padded"])
+def test_prompt_and_token_are_recorded_before_their_kernels_compile(family, lengths, monkeypatch):
+    """As on a GPU: in one block, before anything has run. The loop then asks for the same graphs."""
+    monkeypatch.setattr(padded, "DEVICES", ("cpu",))
+    monkeypatch.setattr(padded, "LENGTHS", lengths)
+    monkeypatch.setattr(recorded, "_compiles_ahead", lambda gpu: True)
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    rehearsed = []
+
+    def rehearse(bound, after):
+        calls = [graph.calls for graph in pair.fast._tinyfuse.report.graphs]
+        rehearsed.append((_triton._block.get(), after is not None, sum(calls)))
+
+    monkeypatch.setattr(recorded, "_rehearse", rehearse)
+    pair = Pair(FAMILIES[family])
+    pair.same(**ONE)
+    (block, _, _), _ = rehearsed
+    assert rehearsed == [(block, True, 0), (block, False, 0)] and block is not None
+    pair.same(**ONE, seed=2)
+    assert len(rehearsed) == 2 and _triton._block.get() is None
+    pair.same(**PADDED)
+    assert pair.fallbacks == []
+    assert [len(known) for known in pair.fast._tinyfuse.recordings.compiled.values()] == [1] * len(rehearsed)
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma3"])

@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
@@ -78,9 +80,12 @@ def _anchors_at(node: Node) -> Iterator[tuple[str, Node, str]]:
 
 def _name(node: Node) -> str:
     """What a node does, whether it is spelled as a method, an operator or a function."""
-    if node.op not in ("call_function", "call_method"):
-        return node.op
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+    return _called(node.target) if node.op in ("call_function", "call_method") else node.op
+
+
+@lru_cache(4096)
+def _called(target: Any) -> str:
+    name = target if isinstance(target, str) else getattr(target, "__name__", None) or str(target)
     return name.partition(".")[0]
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from tinyfuse import choices, fallback
-from tinyfuse.kernels._triton import rehearsing
+from tinyfuse.kernels._triton import once, rehearsing
 
 _library = torch.library.Library("tinyfuse", "DEF")
 OPS: dict[str, Op] = {}
@@ -65,16 +65,13 @@ class Op:
 
     def run(self, kernel: Kernel, *args: Any) -> Any:
         """Run ``kernel``; one that cannot be built or launched is replaced by the reference from then on."""
+        if rehearsing():
+            return once((self.name, kernel.name, metadata(args)), partial(_run, kernel, args))
         try:
-            if kernel.device == "cuda" and _several_gpus():
-                with torch.cuda.device(next(_tensors(args)).device):  # Triton launches on the current device
-                    return kernel.run(*args)
-            return kernel.run(*args)
+            return _run(kernel, args)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            if rehearsing():
-                raise
             reason = f"kernel {self.name}/{kernel.name} failed: {type(error).__name__}: {error}"
             fallback.record(f"{self.name}/{kernel.name}", reason, error)
             self.broken[kernel.name] = reason
@@ -116,6 +113,13 @@ class Op:
         if name == choices.STOCK:
             fallback.note(self.name, "stock torch measured faster")
         return None if name in self.broken else kernels.get(name)
+
+
+def _run(kernel: Kernel, args: Sequence[Any]) -> Any:
+    if kernel.device == "cuda" and _several_gpus():
+        with torch.cuda.device(next(_tensors(args)).device):  # Triton launches on the current device
+            return kernel.run(*args)
+    return kernel.run(*args)
 
 
 @cache

@@ -5,15 +5,18 @@ an inner function in a branch that is not taken.
 """
 
 import importlib
+import os
 import pkgutil
 import re
 from functools import partial
+from threading import Barrier
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
@@ -44,7 +47,7 @@ from tinyfuse.kernels import (
     softcap,
     step_counters,
 )
-from tinyfuse.kernels._triton import rehearsal
+from tinyfuse.kernels._triton import awakening, rehearsal, rehearsing, side_by_side
 
 BF16 = torch.bfloat16
 READ_WEIGHTS = {"_gemm", "_gemv", "_one_row", "_cast", "_pairs", "_experts_gemm"}
@@ -72,6 +75,9 @@ def hopper(monkeypatch, tmp_path):
             if name.lstrip("_").startswith("bind"):
                 value.cache_clear()
     monkeypatch.setattr(driver, "_active", HOPPER)
+    monkeypatch.setattr(torch.cuda, "current_device", HOPPER.get_current_device)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    awakening(HOPPER.get_current_device()).join()
 
 
 @pytest.fixture
@@ -199,7 +205,6 @@ def test_what_a_rehearsal_compiles_is_not_compiled_again(hopper, monkeypatch, re
     """On fake tensors, side by side; what a launch then finds is the same kernels, for tensors with memory."""
     made, loaded, compile_one = [], [], JITFunction._do_compile
     monkeypatch.setattr(HOPPER.utils, "load_binary", lambda name, *_: loaded.append(name) or (1, 1, 32, 0, 1024))
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
 
     def counting(self, *args, **kwargs):
         made.append(self.__name__)
@@ -221,13 +226,34 @@ def test_what_a_rehearsal_compiles_is_not_compiled_again(hopper, monkeypatch, re
 
     with FakeTensorMode(), rehearsal():
         launches()
-        once = len(made)
-        launches()  # as of a next layer, while those of the first are compiled
-    assert len(made) == once
+        launches()  # as of a next layer
     rehearsed = set(made)
-    assert set(loaded) == rehearsed
+    assert sorted(loaded) == sorted(rehearsed)
     made.clear()
     assert rehearsed == {"_norm_split", "_one_row", "_gemm", "_decode", "_map", "_prefill"}
     request.getfixturevalue("compiled")
     launches()
     assert not made
+
+
+def test_kernels_of_several_rehearsals_compile_at_once(hopper, monkeypatch):
+    """All of them start before the first ends, and what two rehearsals launch alike is compiled once."""
+    made, loaded, together, make_ir = [], [], Barrier(2, timeout=60), ASTSource.make_ir
+    monkeypatch.setattr(HOPPER.utils, "load_binary", lambda name, *_: loaded.append(name) or (1, 1, 32, 0, 1024))
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    of = partial(ones, dtype=torch.float16)  # no other test's kernels
+
+    def making(self, *args):
+        made.append(self.name)
+        together.wait()
+        return make_ir(self, *args)
+
+    monkeypatch.setattr(ASTSource, "make_ir", making)
+    with side_by_side():
+        for _ in range(2):
+            with FakeTensorMode(), rehearsal():
+                rms_norm.run_triton(of(2, 320), of(320), 1e-5, False, True)
+        with FakeTensorMode(), rehearsal():
+            softcap.run_triton(of(2, 320), 30.0)
+        assert not rehearsing() and not made
+    assert sorted(made) == sorted(loaded) == ["_rms_norm", "_softcap"]

@@ -6,6 +6,7 @@ other users, the inputs exist before the first use of the result, and no write m
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -55,43 +56,28 @@ def rewrite(graph: Graph, patterns: Sequence[Pattern]) -> Outcome:
 
 def _apply(graph: Graph, pattern: Pattern, outcome: Outcome) -> None:
     heads = pattern.targets()
-    order: _Order | None = None
-    for node in list(graph.nodes):
-        if node.target not in heads or node.op != "call_function" or node._erased:
-            continue
-        order = order or _Order(graph)
-        if _rewrite_at(graph, node, pattern, order, outcome):
-            order = None
+    found = [graph.find_nodes(op="call_function", target=head, sort=False) for head in heads]
+    for node in sorted(itertools.chain.from_iterable(found)):
+        if node.target in heads and not node._erased:
+            _rewrite_at(graph, node, pattern, outcome)
 
 
-class _Order:
-    """The nodes of a graph in order, their positions, and which of them write what."""
-
-    def __init__(self, graph: Graph):
-        self.nodes = list(graph.nodes)
-        self.index = {node: i for i, node in enumerate(self.nodes)}
-
-    def __getitem__(self, node: Node) -> int:
-        return self.index[node]
-
-
-def _rewrite_at(graph: Graph, node: Node, pattern: Pattern, order: _Order, outcome: Outcome) -> bool:
+def _rewrite_at(graph: Graph, node: Node, pattern: Pattern, outcome: Outcome) -> None:
     reason = None
     for binding, roots in _matches(pattern, node):
         found = Match(binding, roots)
         reason = _refusal(found, pattern)
-        site = _Site(found, pattern, order)
+        site = _Site(found, pattern)
         reason = reason or site.refusal()
         if reason is None:
             replacement = pattern.to(found)
             if replacement is not None:
                 effects = pattern.effects(found) if pattern.effects else ()
                 site.replace(graph, replacement, effects, outcome)
-                return True
+                return
             reason = "the pattern declines it"
     if reason is not None:
         outcome.declined.setdefault(node, (pattern, reason))
-    return False
 
 
 def _matches(pattern: Pattern, node: Node) -> Iterator[tuple[Binding, list[Node]]]:
@@ -131,8 +117,8 @@ def _refusal(found: Match, pattern: Pattern) -> str | None:
 class _Site:
     """One match in the graph: what is inside, what comes in, where the replacement may stand."""
 
-    def __init__(self, found: Match, pattern: Pattern, order: _Order):
-        self.found, self.pattern, self.order = found, pattern, order
+    def __init__(self, found: Match, pattern: Pattern):
+        self.found, self.pattern = found, pattern
         shared = {n for e, n in found.nodes.items() if isinstance(e, Call) and e.shared}
         self.inside = (set(found.nodes.values()) | set(found.roots)) - shared
         self.inputs = {c for c in found.captures.values() if isinstance(c, Node)} | shared
@@ -141,21 +127,19 @@ class _Site:
         for node in self.inside - set(self.found.roots):
             if any(user not in self.inside for user in node.users):
                 return f"its inner value '{node.name}' is used elsewhere too"
-        ready = max((self.order[n] for n in self.inputs), default=-1)
         outside = [u for root in self.found.roots for u in root.users if u not in self.inside]
-        needed = min((self.order[u] for u in outside), default=len(self.order.nodes))
-        last = max(self.order[n] for n in self.inside)
-        self.position = min(last, needed - 1)
-        if ready > self.position:
+        last = max(self.inside)
+        self.place = min([last, *(user.prev for user in outside)])
+        if any(node > self.place for node in self.inputs):
             return "an input is computed only after the result is first used"
         return self._hazard()
 
     def _hazard(self) -> str | None:
         """A write of an input, or an access to what the match writes, that the rewrite would move across."""
-        first = min(self.order[n] for n in self.inside)
-        last = max(self.position, max(self.order[n] for n in self.inside))
+        node, last = min(self.inside), max(self.inside)
         written = {storage(w) for n in self.inside for w in writes(n)}
-        for node in self.order.nodes[first + 1 : last + 1]:
+        while node is not last:
+            node = node.next
             if node in self.inside:
                 continue
             touched = {storage(w) for w in writes(node)}
@@ -169,12 +153,11 @@ class _Site:
         """Whether an input in the memory ``touched`` by ``write`` is read on the other side of it now."""
         aliases = [n for n in self.inputs if storage(n) in touched]
         readers = [user for n in aliases for user in n.users if user in self.inside]
-        later = self.position < self.order[write]
-        return bool(aliases) and (later or any(self.order[user] < self.order[write] for user in readers))
+        return bool(aliases) and (self.place < write or any(user < write for user in readers))
 
     def replace(self, graph: Graph, values: Sequence[Any], effects: Sequence[Call], outcome: Outcome) -> None:
         known = {id(new): value(root) for root, new in zip(self.found.roots, values, strict=True)}
-        build = _Builder(graph, self.order.nodes[self.position], self.found.roots[0], known)
+        build = _Builder(graph, self.place, self.found.roots[0], known)
         news = [build(e) for e in (*effects, *values)]
         main = next(n for n in news if n is not None)
         while main in build.made and main.target is operator.getitem:
@@ -182,7 +165,7 @@ class _Site:
         for root, new in zip(self.found.roots, news[len(effects) :], strict=True):
             if new is not None:
                 root.replace_all_uses_with(new, delete_user_cb=lambda user: user not in build.made)
-        for node in sorted(self.inside, key=self.order.__getitem__, reverse=True):
+        for node in sorted(self.inside, reverse=True):
             outcome.covered[node] = (self.pattern, main)
             graph.erase_node(node)
         outcome.hits[self.pattern.name] += 1

@@ -80,6 +80,12 @@ class Slot:
         """How many tokens each layer holds, on the device."""
         return [layer.cumulative_length for layer in self.layers()]
 
+    def stand_at(self, tokens: int) -> None:
+        """Let every layer hold ``tokens``, as its counter says."""
+        counters = self.counters()
+        torch._foreach_zero_(counters)
+        torch._foreach_add_(counters, tokens)
+
     def fill_with_prompt(self, filling: bool) -> None:
         """Whether what comes next is the prompt, into the empty cache."""
         for layer in self.layers():

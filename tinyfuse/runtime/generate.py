@@ -8,9 +8,12 @@ order.
 from __future__ import annotations
 
 import inspect
+import itertools
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,12 +23,14 @@ from transformers.cache_utils import DynamicCache
 from transformers.generation.configuration_utils import GenerationConfig, GenerationMode
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerationMixin
+from transformers.utils import ModelOutput
 
 from tinyfuse.runtime import encoder_decoder
 from tinyfuse.runtime.cache import Slot, fill
 from tinyfuse.runtime.forward import CACHE, CACHES
 from tinyfuse.runtime.prompt import prefill
-from tinyfuse.runtime.step import Inputs, NotAdvanceable, Step, block_rows, kind
+from tinyfuse.runtime.recorded import Bound, wake
+from tinyfuse.runtime.step import Inputs, NotAdvanceable, Step, bind, block_rows, kind
 from tinyfuse.runtime.tail import Choice, Tail, choice
 from tinyfuse.runtime.window import in_rings
 
@@ -142,6 +147,12 @@ class Decoder:
         self.fed, self.kwargs_at, self.loaded_at = 0, 1, 1
         self.step: Step | None = None
         self.kind: Any = None
+
+    def foresee(self) -> None:
+        """Have the graph of a token recorded before there is one."""
+        self.fed = 1
+        with self.model._optimize_model_for_decode():
+            bind(self.runtime, self.slot, Inputs(*self._inputs()))
 
     @property
     def verified(self) -> bool:
@@ -294,6 +305,7 @@ def generate_tokens(
         reason = "no maximum length is set"
     elif input_ids.device != model.device:
         reason = f"the prompt is on {input_ids.device}, the model on {model.device}"
+    wake(input_ids.device)
     reason = reason or runtime.pool.learn()
 
     def stock(reason: str) -> Tensor | GenerateDecoderOnlyOutput:
@@ -328,7 +340,15 @@ class NotPrepared(Exception):
     """transformers cannot prepare a prompt for a static cache."""
 
 
-def _prefill(runtime, slot: Slot, input_ids: Tensor, config: GenerationConfig, kwargs: dict[str, Any]) -> Any:
+def _prefill(
+    runtime,
+    slot: Slot,
+    input_ids: Tensor,
+    config: GenerationConfig,
+    kwargs: dict[str, Any],
+    beside: Callable[[Bound], None],
+) -> Any:
+    """The forward of the prompt; ``beside`` as in ``Recordings.bind``."""
     model = runtime.model
     if config.prefill_chunk_size is not None:
         config.disable_compile = True  # it is compiled already
@@ -340,14 +360,18 @@ def _prefill(runtime, slot: Slot, input_ids: Tensor, config: GenerationConfig, k
     inputs["return_dict"] = True
     if runtime.hooked():
         return model(**inputs)
-    outputs = prefill(runtime, slot, inputs)
+    outputs = prefill(runtime, slot, inputs, beside)
     if outputs is not None:
         return outputs
-    bound = runtime.recordings.bind(inputs, "prompt")
+    bound = runtime.recordings.bind(inputs, "prompt", beside=beside)
     if isinstance(bound, str):
         runtime.unrecorded(bound)
         return model(**inputs)
     return bound.result(bound.graph.run(*bound.graph.args))
+
+
+def _without_logits(outputs: ModelOutput) -> ModelOutput:
+    return type(outputs)(**{name: value for name, value in outputs.items() if name != "logits"})
 
 
 class Loop:
@@ -401,10 +425,11 @@ class Loop:
         model, prepared = self.runtime.model, kwargs[CACHE]
         kwargs[CACHE] = self.slot.cache
         self.slot.fill_with_prompt(True)
-        outputs = _prefill(self.runtime, self.slot, self.input_ids, self.config, kwargs)
+        foresee = partial(self._foresee, kwargs, prompt)
+        outputs = _prefill(self.runtime, self.slot, self.input_ids, self.config, kwargs, foresee)
         self.slot.fill_with_prompt(False)
         logits = outputs.logits[:, -1]
-        outputs = type(outputs)(**{name: value for name, value in outputs.items() if name != "logits"})
+        outputs = _without_logits(outputs)
         kwargs = model._update_model_kwargs_for_generation(outputs, kwargs)
         decoder = Decoder(self.runtime, self.slot, outputs, kwargs, self.ids, prompt)
         asked = False
@@ -418,6 +443,25 @@ class Loop:
                         break
                 logits = decoder.logits()
         return self._finish(prepared, prompt)
+
+    def _foresee(self, kwargs: dict[str, Any], prompt: int, bound: Bound) -> None:
+        """Record the graph of a token before the prompt's, ``bound``, has run: as if it had given no logits, and some
+        token were the next. What goes wrong here goes wrong where the loop gets there, which says so."""
+        model, stock = self.runtime.model, GenerationMixin
+        outputs = _without_logits(bound.result(itertools.count()))
+        for name in ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation"):
+            if getattr(type(model), name) is not getattr(stock, name):
+                return
+        if self.limit == 1 or outputs.keys() != {CACHE}:
+            return
+        ids = torch.cat([self.input_ids, self.input_ids.new_zeros(len(self.input_ids), 1)], dim=1)
+        self.slot.fill_with_prompt(False)
+        self.slot.stand_at(prompt)
+        with suppress(Exception):
+            kwargs = model._update_model_kwargs_for_generation(outputs, dict(kwargs))
+            Decoder(self.runtime, self.slot, outputs, kwargs, lambda _: ids, prompt).foresee()
+        self.slot.stand_at(0)
+        self.slot.fill_with_prompt(True)
 
     def _choose(self, logits: Tensor) -> bool:
         """Append the next token, from ``logits`` [batch, vocabulary]; whether it was the last."""

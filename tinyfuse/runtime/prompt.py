@@ -16,6 +16,7 @@ from torch import Tensor
 from tinyfuse.runtime.cache import Slot
 from tinyfuse.runtime.captured import Captured, NotCapturable
 from tinyfuse.runtime.forward import CACHE
+from tinyfuse.runtime.recorded import Bound
 from tinyfuse.runtime.step import fixed, on_buffers, tensors
 from tinyfuse.runtime.window import MASK
 
@@ -26,9 +27,9 @@ MOST = 16  # kinds of prompts that one slot keeps
 ARGUMENTS = {"input_ids", "position_ids", "attention_mask", CACHE, "logits_to_keep", "use_cache", "return_dict"}
 
 
-def prefill(runtime, slot: Slot, inputs: dict[str, Any]) -> Any | None:
+def prefill(runtime, slot: Slot, inputs: dict[str, Any], beside: Callable[[Bound], None] | None = None) -> Any | None:
     """The forward of a prompt into the empty ``slot``, its logits those of the last token; None if it cannot be
-    padded."""
+    padded. ``beside`` as in ``Recordings.bind``."""
     dims = _sequence_dims(inputs)
     ids = inputs.get("input_ids")
     if dims is None or slot.rings or ids.device.type not in DEVICES:
@@ -43,7 +44,7 @@ def prefill(runtime, slot: Slot, inputs: dict[str, Any]) -> Any | None:
     if prompt is None or prompt.version != runtime.recordings.version:
         while len(slot.prompts) >= MOST:
             slot.prompts.popitem(last=False)
-        prompt = slot.prompts[key] = Prompt(runtime, slot, inputs, shapes, dims)
+        prompt = slot.prompts[key] = Prompt(runtime, slot, inputs, shapes, dims, beside)
     slot.prompts.move_to_end(key)
     return prompt(inputs, length) if prompt.usable else None
 
@@ -70,14 +71,20 @@ class Prompt:
     """The recorded forward on buffers of one padded length: Python runs it the first time, then a CUDA graph."""
 
     def __init__(
-        self, runtime, slot: Slot, inputs: dict[str, Any], shapes: dict[str, tuple[int, ...]], dims: dict[str, int]
+        self,
+        runtime,
+        slot: Slot,
+        inputs: dict[str, Any],
+        shapes: dict[str, tuple[int, ...]],
+        dims: dict[str, int],
+        beside: Callable[[Bound], None] | None,
     ):
         self.runtime, self.slot, self.dims = runtime, slot, dims
         self.version = runtime.recordings.version
         self.buffers = {name: value.new_zeros(shapes[name]) for name, value in tensors(inputs)}
         self.last = torch.zeros(1, dtype=torch.long, device=inputs["input_ids"].device)
         arguments = on_buffers(inputs, self.buffers) | {"logits_to_keep": self.last}
-        bound = runtime.recordings.bind(arguments, "padded prompt")
+        bound = runtime.recordings.bind(arguments, "padded prompt", beside=beside)
         self.bound, self.usable = bound, not isinstance(bound, str)
         self.run: Callable[[], Any] | None = None
 
@@ -87,21 +94,19 @@ class Prompt:
             buffer.narrow(dim, 0, length).copy_(value)
             buffer.narrow(dim, length, buffer.shape[dim] - length).copy_(value.narrow(dim, length - 1, 1))
         self.last.fill_(length - 1)
-        counters = self.slot.counters()
         if self.run is None:
             self.run = self._run
         elif self.run == self._run and self.last.device.type == "cuda":
-            self.run = self._captured(counters)
+            self.run = self._captured()
         outputs = self.run()
-        torch._foreach_zero_(counters)
-        torch._foreach_add_(counters, length)
+        self.slot.stand_at(length)
         return self.bound.result(outputs)
 
-    def _captured(self, counters: list[Tensor]) -> Callable[[], Any]:
+    def _captured(self) -> Callable[[], Any]:
         captured = [prompt.run for prompt in self.slot.prompts.values() if isinstance(prompt.run, Captured)]
         stream = self.runtime.streams.on(self.last.device)
         try:  # the result of one prompt is read before another one runs
-            return Captured(self._run, counters, stream, next(iter(captured), None))
+            return Captured(self._run, self.slot.counters(), stream, next(iter(captured), None))
         except NotCapturable as error:
             self.runtime.uncaptured(str(error))
             self.usable = False

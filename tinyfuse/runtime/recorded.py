@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -156,10 +156,15 @@ class Recordings:
         self.version += 1
 
     def bind(
-        self, arguments: dict[str, Any], stage: str, after: Callable[[ModelOutput], None] | None = None
+        self,
+        arguments: dict[str, Any],
+        stage: str,
+        after: Callable[[ModelOutput], None] | None = None,
+        beside: Callable[[Bound], None] | None = None,
     ) -> Bound | str:
         """The graph of ``forward(**arguments)``, or why there is none. Calls of one ``stage`` share graphs. ``after``:
-        what follows on it, whose kernels are compiled with those of the graph."""
+        what follows on it, whose kernels are compiled with those of the graph. ``beside`` binds what else is known to
+        be needed, before kernels are compiled: all at once."""
         if autocast_is_on():
             return "autocast is on"
         try:
@@ -176,7 +181,7 @@ class Recordings:
             try:
                 with _no_collection():
                     found = self._record(arguments, given, len(known))
-                    _compile_kernels(_bound(found, arguments, tensors), after)
+                    _compile_kernels(_bound(found, arguments, tensors), after, beside)
             except FallbackError:
                 raise
             except Exception as error:
@@ -217,23 +222,61 @@ class Recordings:
             return Compiled(recording, compile_graph(graph), kinds[0])
 
 
-def _compile_kernels(bound: Bound, after: Callable[[ModelOutput], None] | None) -> None:
-    """Compile the Triton kernels of a call, and of what follows, side by side, which its first run would do one after
-    the other: those of a 7B's prompt and token take 10 s of one core. On GPUs whose kernels are chosen by time the run
-    has to come first."""
+def wake(device: torch.device) -> None:
+    """Let the compiler of kernels begin with what takes it long; nothing waits for it."""
     from tinyfuse.kernels import _triton
 
-    call = bound.graph
-    devices = {a.device for a in call.args if isinstance(a, Tensor) and a.device.type == "cuda"}
-    if not devices or _triton.missing or any(map(choices.measures, devices)):
+    if device.type == "cuda" and not _triton.missing:
+        _triton.awakening(device.index)
+
+
+def _compiles_ahead(gpu: torch.device | None) -> bool:
+    """Whether kernels are compiled before their first run, side by side, which the run would do one after the other:
+    those of a 7B's prompt and token take 10 s of one core. On GPUs whose kernels are chosen by time the run has to come
+    first."""
+    from tinyfuse.kernels import _triton
+
+    return gpu is not None and not _triton.missing and not choices.measures(gpu)
+
+
+def _compile_kernels(
+    bound: Bound, after: Callable[[ModelOutput], None] | None, beside: Callable[[Bound], None] | None
+) -> None:
+    """Compile the kernels of a call and of what follows; arguments as in :meth:`Recordings.bind`."""
+    from tinyfuse.kernels import _triton
+
+    gpu = next((a.device for a in bound.graph.args if isinstance(a, Tensor) and a.device.type == "cuda"), None)
+    if not _compiles_ahead(gpu):
         return
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True) as fakes, _triton.rehearsal():
-            outputs = call.run(*[fakes.from_tensor(a) if isinstance(a, Tensor) else a for a in call.args])
-            if after is not None:
-                after(bound.result(outputs))
+        with torch.cuda.device(gpu), _triton.side_by_side():
+            if beside is not None:
+                beside(bound)
+            _rehearse(bound, after)
     except Exception as error:
         fallback.record("compile", f"kernels are compiled one by one: {type(error).__name__}: {error}", error)
+
+
+def _rehearse(bound: Bound, after: Callable[[ModelOutput], None] | None) -> None:
+    from tinyfuse.kernels import _triton
+
+    with FakeTensorMode(allow_non_fake_inputs=True), _triton.rehearsal():
+        outputs = bound.graph.run(*_fakes(bound.graph.args))
+        if after is not None:
+            after(bound.result(outputs))
+
+
+def _fakes(args: Sequence[Any]) -> list[Any]:
+    """``args`` with tensors made anew, one for all that look alike: fake ones have no memory to tell them apart."""
+    made: dict[Any, Tensor] = {}
+
+    def fake(tensor: Tensor) -> Tensor:
+        looks = tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+        if looks not in made:
+            made[looks] = torch.empty_strided(*looks[:2], dtype=tensor.dtype, device=tensor.device)
+        return made[looks]
+
+    return [fake(arg) if isinstance(arg, Tensor) else arg for arg in args]
 
 
 class _Cache:

@@ -20,6 +20,7 @@ from tinyfuse.kernels import _advance
 from tinyfuse.runtime.cache import Slot
 from tinyfuse.runtime.captured import Captured, NotCapturable
 from tinyfuse.runtime.forward import CACHE, GraphCall, intercept, record_graphs
+from tinyfuse.runtime.recorded import Bound
 from tinyfuse.runtime.tail import Choice, Tail
 
 ROWS = 128
@@ -136,6 +137,21 @@ def fixed(inputs: dict[str, Any]) -> tuple[tuple[str, str], ...]:
     return tuple((name, repr(value)) for name, value in constants(inputs).items() if name != CACHE)
 
 
+def bind(runtime, slot: Slot, inputs: Inputs) -> Bound | str:
+    """The graph of the forward on ``inputs``, compiled with the kernels of what most calls of ``generate`` do next."""
+
+    def go_on(outputs: Any) -> None:
+        inputs.advance()
+        greedy = Choice(("greedy", 0), inputs.token.new_zeros(0), None, False)
+        Tail(greedy, inputs.token, slot.length, 0).pick(outputs.logits[:, -1])
+
+    return runtime.recordings.bind(_arguments(inputs), "token", go_on)
+
+
+def _arguments(inputs: Inputs) -> dict[str, Any]:
+    return {**inputs.arguments, "return_dict": True}
+
+
 class Step:
     """A decode step bound to the memory of ``slot`` and ``inputs``: a graph of the model's forward on them."""
 
@@ -146,7 +162,7 @@ class Step:
         self.call: GraphCall | None = None
         self.version: int | None = None  # of the recordings, if the graph is one
         self.unbound: str | None = None
-        bound = runtime.recordings.bind(self._arguments(), "token", self._go_on)
+        bound = bind(runtime, slot, inputs)
         if isinstance(bound, str):
             runtime.unrecorded(bound)
             self.unbound = self._bind(runtime.model)
@@ -154,18 +170,8 @@ class Step:
             self.call, self.version = bound.graph, runtime.recordings.version
             self.index = bound.result(itertools.count()).logits
 
-    def _go_on(self, outputs: Any) -> None:
-        """Rehearse what most calls of ``generate`` do with a forward's outputs."""
-        self.inputs.advance()
-        token = self.inputs.token
-        greedy = Choice(("greedy", 0), token.new_zeros(0), None, False)
-        Tail(greedy, token, self.slot.length, 0).pick(outputs.logits[:, -1])
-
-    def _arguments(self) -> dict[str, Any]:
-        return {**self.inputs.arguments, "return_dict": True}
-
     def _forward(self) -> Any:
-        return self.runtime.compiled(**self._arguments())
+        return self.runtime.compiled(**_arguments(self.inputs))
 
     def _bind(self, model: nn.Module) -> str | None:
         """Find the one graph call that the forward amounts to under Dynamo; the reason if it amounts to more."""
