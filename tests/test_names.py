@@ -16,6 +16,7 @@ WORDS = {
     "aim": "the verb",
     "beam": "beam search",
     "bit": "what 16 of make a bfloat16",
+    "cvt": "the conversion in PTX",
     "encoder-decoder": "the kind of model, and is_encoder_decoder of its configuration",
 }
 
