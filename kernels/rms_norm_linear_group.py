@@ -1,8 +1,8 @@
 """RMS norm, then the linear layers that share its result: y_i = rms_norm(x) W_i^T + b_i.
 
 x [..., K]; weight, eps, unit_offset and cast_first as in ``rms_norm``; weights, scales and biases as in
-``linear_group``. Returns one contiguous [..., N_i] per weight. The normalised row is rounded to x's dtype, as eager
-code does.
+``linear_group``. Returns one contiguous [..., N_i] per weight. Eager code rounds the normalised row to x's dtype; a
+kernel may keep it wider.
 """
 
 from __future__ import annotations
