@@ -1,8 +1,10 @@
 """optimize and restore: what they change, what they leave, and what they refuse."""
 
 import copy
+import gc
 import io
 import logging
+import weakref
 
 import pytest
 import torch
@@ -148,6 +150,34 @@ def test_quantize_now_or_later():
     with torch.no_grad():
         expected, logits = llama()(IDS).logits, model(IDS).logits
     assert (logits - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+class Broken(LlamaForCausalLM):
+    def forward(self, *args, **kwargs):
+        torch._dynamo.graph_break()
+        return super().forward(*args, **kwargs)
+
+
+@pytest.mark.parametrize("call", ["forward", "generate"])
+@pytest.mark.parametrize("cls", [LlamaForCausalLM, Broken])
+@torch.no_grad()
+def test_nothing_outlives_the_model(cls, call):
+    model = optimize(cls(LlamaConfig(**TINY)).eval())
+    for _ in range(2):
+        model(IDS) if call == "forward" else model.generate(IDS, max_new_tokens=4)
+    forward = model._tinyfuse.compiled
+    graphs = [weakref.ref(graph) for graph in forward.graphs]
+    assert graphs or call == "generate"
+    del forward
+    restore(model)
+    gc.collect()
+    assert not any(graph() for graph in graphs)
+    optimize(model)
+    model(IDS) if call == "forward" else model.generate(IDS, max_new_tokens=4)
+    weights = [weakref.ref(p) for p in model.parameters()]
+    del model
+    gc.collect()
+    assert not any(weight() is not None for weight in weights)
 
 
 @pytest.mark.parametrize(

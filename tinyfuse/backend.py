@@ -107,9 +107,9 @@ def _hint_generate() -> None:
     """``generate`` of what ``torch.compile(model)`` returns calls the model inside the wrapper: say so, once."""
     frame = sys._getframe()
     while frame is not None:
-        wrapper = frame.f_locals.get("self")
-        if isinstance(wrapper, OptimizedModule):
-            if callable(getattr(wrapper._orig_mod, "generate", None)):
+        # Up to Python 3.12 f_locals keeps what it shows alive, also after the caller's `del model`: no other frame's.
+        if frame.f_code is OptimizedModule.__call__.__code__:
+            if callable(getattr(frame.f_locals["self"]._orig_mod, "generate", None)):
                 fallback.hint(
                     "backend",
                     "torch.compile(model) covers model(...) but not model.generate(...), which calls the original "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.eval_frame import reset_code
 from transformers.generation.utils import GenerationMixin
 
 from tinyfuse.report import Report, collect
@@ -89,6 +91,12 @@ def _entry(forward: Callable[..., Any]) -> Callable[..., Any]:
     return entry
 
 
+def _forget(entries: set[CodeType]) -> None:
+    """Drop what Dynamo compiled for ``entries``, which would keep them alive: its table of compiled code holds them."""
+    for code in entries:
+        reset_code(code)
+
+
 class CompiledForward:
     """Calls ``forward`` through the backend, with one compiled function per kind of call.
 
@@ -106,6 +114,8 @@ class CompiledForward:
         self.names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
         self.compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
         self.entries: set[CodeType] = set()
+        self.graphs: list[Callable[..., Any]] = []
+        weakref.finalize(self, _forget, self.entries).atexit = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # By name, as generate calls it: otherwise model(ids) and model(input_ids=ids) would be two graphs.
@@ -118,7 +128,7 @@ class CompiledForward:
         if kind not in self.compiled:
             entry = _entry(self.forward)
             self.entries.add(entry.__code__)
-            self.compiled[kind] = torch.compile(entry, backend=partial(self._backend, bool(held)))
+            self.compiled[kind] = torch.compile(entry, backend=partial(_backend, weakref.ref(self), bool(held)))
         try:
             return self.compiled[kind](*args, **kwargs)
         except _Uncompiled as reason:
@@ -129,29 +139,6 @@ class CompiledForward:
         self.fall_back(reason)
         return self.forward(*args, **kwargs)
 
-    def _backend(self, grows: bool, gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        """``grows``: the cache does, so that no two calls in a row are of one length."""
-        from tinyfuse.backend import NO_REPLAY, backend, lost_method  # every pattern and kernel: not at import
-
-        if reason := lost_method():
-            if torch._dynamo.symbolic_convert.tls.current_tx.f_code in self.entries:
-                raise _Uncompiled(reason)
-            self.fall_back(reason)
-            raise torch._dynamo.exc.SkipFrame(reason)  # after a graph break: a part of the call may have run
-        self.hooks = []  # modules may be others than they were
-        with collect(self.report):
-            compiled = backend(gm, example_inputs, mode=NO_REPLAY if grows else None)
-
-        def run(*args: Any) -> Any:
-            if getattr(_watch, "intercept", False):
-                raise _Intercepted(GraphCall(compiled, args))
-            outputs = compiled(*args)
-            if (calls := getattr(_watch, "calls", None)) is not None:
-                calls.append(GraphCall(compiled, args, outputs))
-            return outputs
-
-        return run
-
     def _hooked(self) -> tuple[int, ...]:
         """The hooks on modules, each by its number."""
         if not self.hooks:
@@ -159,6 +146,36 @@ class CompiledForward:
             self.hooks = [every._global_forward_hooks, every._global_forward_pre_hooks]
             self.hooks += [h for m in self.model.modules() for h in (m._forward_hooks, m._forward_pre_hooks)]
         return tuple([number for hooks in filter(None, self.hooks) for number in hooks])
+
+
+def _backend(
+    owner: weakref.ref[CompiledForward], grows: bool, gm: torch.fx.GraphModule, example_inputs: Sequence[Any]
+) -> Callable[..., Any]:
+    """``owner``, which holds the graphs: Dynamo keeps every backend for good and what it returned for as long as the
+    code lives. ``grows``: the cache does, so that no two calls in a row are of one length."""
+    from tinyfuse.backend import NO_REPLAY, backend, lost_method  # every pattern and kernel: not at import
+
+    forward = owner()
+    if reason := lost_method():
+        if torch._dynamo.symbolic_convert.tls.current_tx.f_code in forward.entries:
+            raise _Uncompiled(reason)
+        forward.fall_back(reason)
+        raise torch._dynamo.exc.SkipFrame(reason)  # after a graph break: a part of the call may have run
+    forward.hooks = []  # modules may be others than they were
+    with collect(forward.report):
+        forward.graphs.append(backend(gm, example_inputs, mode=NO_REPLAY if grows else None))
+    graph = weakref.ref(forward.graphs[-1])
+
+    def run(*args: Any) -> Any:
+        compiled = graph()
+        if getattr(_watch, "intercept", False):
+            raise _Intercepted(GraphCall(compiled, args))
+        outputs = compiled(*args)
+        if (calls := getattr(_watch, "calls", None)) is not None:
+            calls.append(GraphCall(compiled, args, outputs))
+        return outputs
+
+    return run
 
 
 def mark_dynamic(inputs: dict[str, Any]) -> tuple[bool, bool, int]:
