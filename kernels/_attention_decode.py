@@ -16,7 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tinyfuse.kernels._triton import jit, pdl, rehearsing, start, tl, triton
+from tinyfuse.kernels._counters import counters
+from tinyfuse.kernels._triton import jit, pdl, start, tl, triton
 from tinyfuse.kernels.rope import table_strides
 
 MASK_NONE, MASK_BOOL, MASK_FLOAT = 0, 1, 2
@@ -395,27 +396,6 @@ def mask_strides(mask: Tensor | None) -> tuple[int, int, int, int]:
 
 def mask_kind(mask: Tensor | None) -> int:
     return MASK_NONE if mask is None else MASK_BOOL if mask.dtype == torch.bool else MASK_FLOAT
-
-
-# (device, stream, splits) to counters of finished programs, of which the last made are in use: an older tensor
-# may be in a captured graph. They are never reset, so a multiple of `splits` stands in each between launches, and a
-# launch that counts to another number must not share them; nor must launches that run at the same time, such as
-# a graph replayed beside calls on the stream it was captured on. An int32 would wrap within hours.
-_counters: dict[tuple[torch.device, int, int], list[Tensor]] = {}
-
-
-def counters(device: torch.device, splits: int, count: int) -> Tensor | None:
-    """At least ``count`` counters, or None where a capture would make them part of its graph."""
-    if rehearsing():
-        return torch.zeros(count, dtype=torch.int64, device=device)
-    on_gpu = device.type == "cuda"
-    stream = torch.cuda.current_stream(device).cuda_stream if on_gpu else 0
-    made = _counters.setdefault((device, stream, splits), [])
-    if not made or made[-1].numel() < count:
-        if on_gpu and torch.cuda.is_current_stream_capturing():
-            return None
-        made.append(torch.zeros(triton.next_power_of_2(max(256, count)), dtype=torch.int64, device=device))
-    return made[-1]
 
 
 class New(NamedTuple):

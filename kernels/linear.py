@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinyfuse.kernels import _gemm, _gemv, _native, _one_row
+from tinyfuse.kernels import _fp16_gemm, _gemm, _gemv, _native, _one_row
 from tinyfuse.op import Kernel, register
 
 
@@ -96,6 +96,12 @@ def run_gemv(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | Non
     return few_rows(x, [weight], [scale], [bias], residual)[0]
 
 
+def supports_fp16(
+    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, residual: Tensor | None
+) -> str | None:
+    return _fp16_gemm.reason(x, weight, scale, bias) or residual_reason(x, weight, residual)
+
+
 def supports_tensor_core(
     x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, residual: Tensor | None
 ) -> str | None:
@@ -134,6 +140,7 @@ OP = register(
     kernels=[
         Kernel("native", "cpu", supports_native, run_native),
         Kernel("gemv", "cuda", supports_gemv, run_gemv),
+        Kernel("fp16", "cuda", supports_fp16, _fp16_gemm.fp16_gemm),
         Kernel("tensor_core", "cuda", supports_tensor_core, run_tensor_core),
         Kernel("cublas", "cuda", supports_cublas, run_cublas),
     ],

@@ -374,13 +374,19 @@ def _why_read(model: nn.Module, name: str) -> str | None:
     parts = [part for part in name.split(".") if part != "base_layer"]  # PEFT's wrapper passes attributes through
     for depth in range(len(parts) if name else 0):
         parent = model.get_submodule(".".join(parts[:depth]))
-        source = _forward_source(type(parent))
         access = ".".join(parts[max(depth, len(parts) - 2) :])  # `self.proj`, and from further up `attn.proj`
-        if f"{access}.weight.dtype != torch.int8" in source:
-            continue
-        if re.search(rf"\b{re.escape(access)}\.weight\b(?!\.(?:device|shape|size|ndim)\b)", source):
+        if _reads_weight(type(parent), access):
             return f"{type(parent).__name__} reads its weight directly"
     return None
+
+
+@cache
+def _reads_weight(cls: type, access: str) -> bool:
+    """Whether the forward of ``cls`` uses the values of ``access.weight`` and does not look for int8 first."""
+    source = _forward_source(cls)
+    if f"{access}.weight.dtype != torch.int8" in source:
+        return False
+    return bool(re.search(rf"\b{re.escape(access)}\.weight\b(?!\.(?:device|shape|size|ndim)\b)", source))
 
 
 def _why_experts_read(model: nn.Module, parts: list[str]) -> str | None:

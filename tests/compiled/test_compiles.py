@@ -27,6 +27,7 @@ from tinyfuse.kernels import (
     _attention_prefill,
     _experts,
     _experts_gemm,
+    _fp16_gemm,
     _gemm,
     _gemv,
     _greedy,
@@ -50,7 +51,7 @@ from tinyfuse.kernels import (
 from tinyfuse.kernels._triton import awakening, rehearsal, rehearsing, side_by_side
 
 BF16 = torch.bfloat16
-READ_WEIGHTS = {"_gemm", "_gemv", "_one_row", "_cast", "_pairs", "_experts_gemm"}
+READ_WEIGHTS = {"_gemm", "_fp16_gemm", "_gemv", "_one_row", "_cast", "_pairs", "_experts_gemm"}
 HOPPER = SimpleNamespace(
     get_current_device=lambda: 99,  # no real one's
     get_current_stream=lambda device: 0,
@@ -162,11 +163,13 @@ def test_linears(compiled, int8):
         _one_row.one_row(*residual, own=False)
         for rows in (4, 40, 200):
             _gemm.gemm(x.repeat(rows, 1), weights[:1], scales[:1], [None], ones(rows, 256))
+        for config in (None, (8, 64, 256, 2, 2), (16, 64, 256, 1, 4)):
+            _fp16_gemm.fp16_gemm(several, weights[0], scales[0], None, several[:, :256], config)
         rms_norm_linear_group.run_tensor_core(several, *norm, weights, scales, none)
         rms_norm_gated_linear.run_tensor_core(several, *norm, *pair)
         rms_norm_gated_linear.run_tensor_core(several, *norm, *alone)
         _gemm.dequantize(weights[0], scales[0], BF16)
-        assert {"_one_row", "_split", "_norm_split", "_gemm", "_cast"} <= set(compiled)
+        assert {"_one_row", "_split", "_norm_split", "_gemm", "_fp16_gemm", "_cast"} <= set(compiled)
     else:
         _gemv.gemv(several, weights, none)
         _gemv.gemv(several, weights[:2], none[:2], None, "silu")

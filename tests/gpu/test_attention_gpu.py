@@ -6,7 +6,7 @@ import torch
 
 from tests import row_ops
 from tests.tolerance import assert_as_exact_as_eager
-from tinyfuse.kernels import _attention_decode, _triton
+from tinyfuse.kernels import _attention_decode, _counters, _triton
 from tinyfuse.kernels._attention_decode import Plan, decode
 from tinyfuse.kernels._attention_prefill import prefill
 from tinyfuse.kernels.attention import OP, reference
@@ -166,11 +166,11 @@ def test_merging_in_the_kernel_changes_no_bit(shape, splits, kind, monkeypatch):
     def run():
         return decode(q, k, v, mask, D**-0.5, is_causal, Plan(16, 32, splits, 2, 3))
 
-    monkeypatch.setattr(_attention_decode, "_counters", {})
+    monkeypatch.setattr(_counters, "_counters", {})
     monkeypatch.setattr(_attention_decode, "MERGED", 0)
     poison(q, v)
     apart = run()
-    assert not apart.isnan().any() and not _attention_decode._counters
+    assert not apart.isnan().any() and not _counters._counters
     monkeypatch.setattr(_attention_decode, "MERGED", 2**20)
     monkeypatch.setattr(_attention_decode, "_combine", None)
     stream = torch.cuda.Stream()
@@ -188,7 +188,7 @@ def test_merging_in_the_kernel_changes_no_bit(shape, splits, kind, monkeypatch):
         results.append(out.clone())
     torch.cuda.synchronize()
     assert all(torch.equal(result, apart) for result in results)
-    (counts,) = _attention_decode._counters[q.device, stream.cuda_stream, splits]
+    (counts,) = _counters._counters[q.device, stream.cuda_stream, splits]
     assert (counts[: B * kv_heads * blocks_of_rows] == 100 * splits).all()
 
 
@@ -226,7 +226,7 @@ def test_long_rows_without_a_mask_go_to_sdpa():
     q, k, v = make_inputs((1, 4, 2, 2500, 2500, 128, 128))
     kernel, _ = OP.choose(q, k, v, None, 0.1, True)
     assert kernel.name == "sdpa"
-    check(OP, q, k, v, None, True)
+    check(lambda *args, softcap: OP(*args, softcap), q, k, v, None, True)
 
 
 # B, H, kv heads, L, position, D, Dv, R

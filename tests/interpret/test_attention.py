@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from tinyfuse.kernels import _attention_decode, _attention_prefill
+from tinyfuse.kernels import _attention_decode, _attention_prefill, _counters
 from tinyfuse.kernels.attention import reference
 
 # B, H, Hkv, Sq, Skv, D, Dv
@@ -74,31 +74,31 @@ def test_merging_in_the_kernel_or_after_it_gives_the_same_bits(shape, splits, ki
     torch.manual_seed(0)
     B, H, kv_heads, Sq, Skv, D, _ = shape
     plan = _attention_decode.Plan(16, 16, splits, 4, 1)
-    monkeypatch.setattr(_attention_decode, "_counters", {})
+    monkeypatch.setattr(_counters, "_counters", {})
     monkeypatch.setattr(_attention_decode, "MERGED", 0)
     mask, is_causal = make_mask(kind, B, H, Sq, Skv, torch.float32)
     args = (*make_inputs(shape, torch.float32), mask, D**-0.5, is_causal)
     apart = _attention_decode.decode(*args, plan)
-    assert not _attention_decode._counters
+    assert not _counters._counters
     monkeypatch.setattr(_attention_decode, "MERGED", 2**20)
     monkeypatch.setattr(_attention_decode, "_combine", None)
     for _ in range(3):
         assert torch.equal(_attention_decode.decode(*args, plan), apart)
-    (counts,) = _attention_decode._counters[torch.device("cpu"), 0, splits]
+    (counts,) = _counters._counters[torch.device("cpu"), 0, splits]
     used = B * kv_heads * math.ceil(H // kv_heads * Sq / 16)
     assert (counts[:used] == 3 * splits).all() and not counts[used:].any()
 
 
 def test_counters_are_kept_per_number_of_splits_and_when_more_are_needed(monkeypatch):
-    monkeypatch.setattr(_attention_decode, "_counters", {})
+    monkeypatch.setattr(_counters, "_counters", {})
     cpu = torch.device("cpu")
-    few = _attention_decode.counters(cpu, 3, 5)
-    assert _attention_decode.counters(cpu, 3, few.numel()) is few
-    many = _attention_decode.counters(cpu, 3, few.numel() + 1)
+    few = _counters.counters(cpu, 3, 5)
+    assert _counters.counters(cpu, 3, few.numel()) is few
+    many = _counters.counters(cpu, 3, few.numel() + 1)
     assert many.numel() > few.numel() and not many.any()
-    assert _attention_decode.counters(cpu, 3, 5) is many
-    assert _attention_decode.counters(cpu, 4, 5) is not many
-    assert _attention_decode._counters[cpu, 0, 3][0] is few
+    assert _counters.counters(cpu, 3, 5) is many
+    assert _counters.counters(cpu, 4, 5) is not many
+    assert _counters._counters[cpu, 0, 3][0] is few
 
 
 @pytest.mark.parametrize("shape", DECODE)

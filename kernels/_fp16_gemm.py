@@ -1,0 +1,161 @@
+"""Products of few rows with an int8 weight on the tensor cores, in one launch.
+
+    y = scale * (x W^T) (+ bias) (+ residual)
+
+int8 weights widen to fp16 exactly. So do rows of bf16 that a power of two has moved to the top of fp16's range: what is
+lost lies 2^-39 below the row's largest magnitude in the tile. Sums are fp32. Small weights fit into the registers of
+all programs at once: then a program loads its tile before it waits for the kernel that makes x.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tinyfuse.kernels import _gemv
+from tinyfuse.kernels._counters import counters
+from tinyfuse.kernels._gemm import limits, store, tile_of
+from tinyfuse.kernels._gemv import rows
+from tinyfuse.kernels._triton import Launch, interpreted, jit, pdl, tl, triton
+
+# Rows of x, rows and columns of the weight in a tile, tiles of a program, warps.
+Config = tuple[int, int, int, int, int]
+
+if triton is not None:
+    # 0x6400 + u is 1024 + u in fp16; u is the weight + 128.
+    WIDEN = tl.constexpr(
+        "{ .reg .b32 u, a, b, c; mov.b32 c, 0x64806480; xor.b32 u, $2, 0x80808080; prmt.b32 a, u, 0x64646464, 0x4140;"
+        " prmt.b32 b, u, 0x64646464, 0x4342; sub.rn.f16x2 $0, a, c; sub.rn.f16x2 $1, b, c; }"
+    )
+
+
+@jit
+def _widen(w, ASM: tl.constexpr):
+    """int8 as fp16; Triton's own cast takes three times the instructions."""
+    return tl.inline_asm_elementwise(WIDEN, "=r,=r,r", [w], tl.float16, True, 4) if ASM else w.to(tl.float16)
+
+
+@jit
+def _product(w, x, ASM: tl.constexpr):
+    """w [BLOCK_N, BLOCK_K] x^T, with the rows of x [BLOCK_M, BLOCK_K] moved into fp16's range and back."""
+    if x.dtype == tl.float16:
+        return tl.dot(_widen(w, ASM), tl.trans(x))
+    else:
+        x = x.to(tl.float32)
+        # The bits of |x| order as integers do. Rows below 2^-112 move less far; infinities and NaN stay what they are.
+        exponent = tl.max(tl.abs(x).to(tl.int32, bitcast=True), 1) >> 23
+        exponent = tl.minimum(tl.maximum(exponent, 15), 254)
+        up = ((268 - exponent) << 23).to(tl.float32, bitcast=True)
+        down = ((exponent - 14) << 23).to(tl.float32, bitcast=True)
+        return tl.dot(_widen(w, ASM), tl.trans((x * up[:, None]).to(tl.float16))) * down[None, :]
+
+
+@jit(do_not_specialize=["M"])
+def _fp16_gemm(
+    x, w, scale, bias, residual, parts, counters, y, M, N, x_stride, w_stride, residual_stride,
+    K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TILES: tl.constexpr,
+    PARTS: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_N columns of y. Of PARTS programs, each with a share of K, the last to finish sums them in their order."""
+    block, part = tl.program_id(0), tl.program_id(1)
+    row, m, k = block * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
+    safe = tl.minimum(row, N - 1)
+    start = part * (BLOCK_K * TILES)
+    w += safe.to(tl.int64)[:, None] * w_stride + k[None, :]
+    x += tl.minimum(m, M - 1).to(tl.int64)[:, None] * x_stride + k[None, :]
+    if TILES == 1:
+        tile = tile_of(w, k, start, K, BLOCK_K)
+    factor = tl.load(scale + safe)
+    if bias is not None:
+        offset = tl.load(bias + safe).to(tl.float32)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    if TILES == 1:
+        total = _product(tile, tile_of(x, k, start, K, BLOCK_K), ASM)
+    else:
+        total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+        for at in tl.range(start, tl.minimum(start + BLOCK_K * TILES, K), BLOCK_K, num_stages=TILES):
+            total += _product(tile_of(w, k, at, K, BLOCK_K), tile_of(x, k, at, K, BLOCK_K), ASM)
+    last = True
+    if PARTS > 1:
+        parts += block.to(tl.int64) * (BLOCK_N * BLOCK_M) + tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + m[None, :]
+        step = tl.num_programs(0).to(tl.int64) * (BLOCK_N * BLOCK_M)
+        tl.store(parts + part * step, total)
+        tl.debug_barrier()  # one thread adds, for the stores of all
+        last = tl.atomic_add(counters + block, 1, sem="acq_rel", scope="gpu") % PARTS == PARTS - 1
+    if last:
+        if PARTS > 1:  # past L1 (.cg), which does not see what other programs of the same launch have written
+            total = tl.load(parts, cache_modifier=".cg")
+            for other in tl.static_range(1, PARTS):
+                total += tl.load(parts + other * step, cache_modifier=".cg")
+        total *= factor[:, None]
+        if bias is not None:
+            total += offset[:, None]
+        store(total, residual, residual_stride, y, m, block * BLOCK_N, M, N)
+
+
+@lru_cache(4096)
+def _bind(
+    m: int, n: int, k: int, strides: tuple[int, int, int], config: Config, ahead: bool, *_dtypes_device: Any
+) -> Launch:
+    block_m, block_n, block_k, tiles, warps = config
+    grid = triton.cdiv(n, block_n), triton.cdiv(k, block_k * tiles)
+    scalars = m, n, *strides, k, block_m, block_n, block_k, tiles, grid[1], ahead, not interpreted()
+    return Launch(_fp16_gemm, grid, scalars, warps, ahead)
+
+
+def reason(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> str | None:
+    """Why :func:`fp16_gemm` does not run these."""
+    if scale is None:
+        return "cuBLAS multiplies weights in x's dtype"
+    if x.numel() // x.shape[-1] > most_rows(weight):
+        return f"x is widened to fp16 up to {most_rows(weight)} rows with this weight; more are faster as int8 digits"
+    return _gemv.reason(x, [weight], [scale], [bias])
+
+
+def fp16_gemm(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, residual: Tensor | None = None,
+    config: Config | None = None,
+) -> Tensor:  # fmt: skip
+    """x [..., K], int8 weight [N, K] with rows of any stride, scale [N], bias [N], residual [..., N]: y [..., N]."""
+    lead, x = x.shape[:-1], rows(x)
+    m, k = x.shape
+    n = weight.shape[0]
+    y = x.new_empty((*lead, n))
+    if residual is not None:
+        residual = residual.reshape(m, n)
+        residual = residual if residual.stride(1) == 1 else residual.contiguous()
+    config = config or tile(m, n, k, x.device)
+    launch = _bind(
+        m, n, k, (x.stride(0), weight.stride(0), 0 if residual is None else residual.stride(0)), config, pdl(x.device),
+        x.dtype, x.device, bias is None or bias.dtype, residual is None,
+    )  # fmt: skip
+    blocks, parts, _ = launch.grid
+    sums = counted = None
+    if parts > 1:
+        sums = x.new_empty((parts * blocks * config[0] * config[1],), dtype=torch.float32)
+        counted = counters(x.device, parts, blocks)
+        if counted is None:  # zeroed in the graph that is captured
+            counted = torch.zeros(blocks, dtype=torch.int64, device=x.device)
+    launch(x, weight, scale, bias, residual, sums, counted, y)
+    return y
+
+
+def most_rows(weight: Tensor) -> int:
+    """Rows of x up to which the kernel is faster on an H200 than that with digits and the kernel that makes them."""
+    size = weight.numel()
+    return 32 if size <= 1 << 22 else 16 if size <= 3 << 21 else 8 if size <= 3 << 23 else 0
+
+
+@lru_cache(4096)
+def tile(m: int, n: int, k: int, device: torch.device) -> Config:
+    """Tiles as measured on an H200: all of the weight in registers, with few programs that are large, up to 128 KiB to
+    a multiprocessor."""
+    block_m = max(8, triton.next_power_of_2(m))
+    if n * k > limits(device)[0] << 17:
+        return block_m, 64, 256, 2, 2
+    return (block_m, 64, 256, 1, 4) if m > 8 else (block_m, 128, 512, 1, 8)
