@@ -3,13 +3,13 @@
     y = scale * (x W^T) (+ bias) (+ residual)
 
 int8 weights widen to fp16 exactly. So do rows of bf16 that a power of two has moved to the top of fp16's range: what is
-lost lies 2^-39 below the row's largest magnitude in the tile. Sums are fp32. Small weights fit into the registers of
-all programs at once: then a program loads its tile before it waits for the kernel that makes x.
+lost lies 2^-39 below the row's largest magnitude in the tile. Sums are fp32. A program has one tile of the weight,
+which it loads into registers before it waits for the kernel that makes x.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -17,12 +17,12 @@ from torch import Tensor
 
 from tinyfuse.kernels import _gemv
 from tinyfuse.kernels._counters import counters
-from tinyfuse.kernels._gemm import limits, store, tile_of
+from tinyfuse.kernels._gemm import store, tile_of
 from tinyfuse.kernels._gemv import rows
 from tinyfuse.kernels._triton import Launch, interpreted, jit, pdl, tl, triton
 
-# Rows of x, rows and columns of the weight in a tile, tiles of a program, warps.
-Config = tuple[int, int, int, int, int]
+# Rows of x, rows and columns of the weight in a tile, warps.
+Config = tuple[int, int, int, int]
 
 if triton is not None:
     # 0x6400 + u is 1024 + u in fp16; u is the weight + 128.
@@ -39,10 +39,10 @@ def _widen(w, ASM: tl.constexpr):
 
 
 @jit
-def _product(w, x, ASM: tl.constexpr):
-    """w [BLOCK_N, BLOCK_K] x^T, with the rows of x [BLOCK_M, BLOCK_K] moved into fp16's range and back."""
+def _product(w, scale, x, ASM: tl.constexpr):
+    """scale * (w x^T), w [BLOCK_N, BLOCK_K], with the rows of x [BLOCK_M, BLOCK_K] moved into fp16's range and back."""
     if x.dtype == tl.float16:
-        return tl.dot(_widen(w, ASM), tl.trans(x))
+        return tl.dot(_widen(w, ASM), tl.trans(x)) * scale[:, None]
     else:
         x = x.to(tl.float32)
         # The bits of |x| order as integers do. Rows below 2^-112 move less far; infinities and NaN stay what they are.
@@ -50,36 +50,31 @@ def _product(w, x, ASM: tl.constexpr):
         exponent = tl.minimum(tl.maximum(exponent, 15), 254)
         up = ((268 - exponent) << 23).to(tl.float32, bitcast=True)
         down = ((exponent - 14) << 23).to(tl.float32, bitcast=True)
-        return tl.dot(_widen(w, ASM), tl.trans((x * up[:, None]).to(tl.float16))) * down[None, :]
+        total = tl.dot(_widen(w, ASM), tl.trans((x * up[:, None]).to(tl.float16)))
+        return total * scale[:, None] * down[None, :]
 
 
 @jit(do_not_specialize=["M"])
 def _fp16_gemm(
     x, w, scale, bias, residual, parts, counters, y, M, N, x_stride, w_stride, residual_stride,
-    K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TILES: tl.constexpr,
-    PARTS: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr,
+    K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
+    PDL: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_N columns of y. Of PARTS programs, each with a share of K, the last to finish sums them in their order."""
+    """BLOCK_N columns of y. Of PARTS programs, each with BLOCK_K columns of w, the last to finish sums up in order."""
     block, part = tl.program_id(0), tl.program_id(1)
     row, m, k = block * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
     safe = tl.minimum(row, N - 1)
-    start = part * (BLOCK_K * TILES)
+    start = part * BLOCK_K
     w += safe.to(tl.int64)[:, None] * w_stride + k[None, :]
     x += tl.minimum(m, M - 1).to(tl.int64)[:, None] * x_stride + k[None, :]
-    if TILES == 1:
-        tile = tile_of(w, k, start, K, BLOCK_K)
-    factor = tl.load(scale + safe)
+    tile = tile_of(w, k, start, K, BLOCK_K)
+    scales = tl.load(scale + safe)
     if bias is not None:
         offset = tl.load(bias + safe).to(tl.float32)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    if TILES == 1:
-        total = _product(tile, tile_of(x, k, start, K, BLOCK_K), ASM)
-    else:
-        total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-        for at in tl.range(start, tl.minimum(start + BLOCK_K * TILES, K), BLOCK_K, num_stages=TILES):
-            total += _product(tile_of(w, k, at, K, BLOCK_K), tile_of(x, k, at, K, BLOCK_K), ASM)
+    total = _product(tile, scales, tile_of(x, k, start, K, BLOCK_K), ASM)
     last = True
     if PARTS > 1:
         parts += block.to(tl.int64) * (BLOCK_N * BLOCK_M) + tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + m[None, :]
@@ -92,7 +87,6 @@ def _fp16_gemm(
             total = tl.load(parts, cache_modifier=".cg")
             for other in tl.static_range(1, PARTS):
                 total += tl.load(parts + other * step, cache_modifier=".cg")
-        total *= factor[:, None]
         if bias is not None:
             total += offset[:, None]
         store(total, residual, residual_stride, y, m, block * BLOCK_N, M, N)
@@ -102,9 +96,9 @@ def _fp16_gemm(
 def _bind(
     m: int, n: int, k: int, strides: tuple[int, int, int], config: Config, ahead: bool, *_dtypes_device: Any
 ) -> Launch:
-    block_m, block_n, block_k, tiles, warps = config
-    grid = triton.cdiv(n, block_n), triton.cdiv(k, block_k * tiles)
-    scalars = m, n, *strides, k, block_m, block_n, block_k, tiles, grid[1], ahead, not interpreted()
+    block_m, block_n, block_k, warps = config
+    grid = triton.cdiv(n, block_n), triton.cdiv(k, block_k)
+    scalars = m, n, *strides, k, block_m, block_n, block_k, grid[1], ahead, not interpreted()
     return Launch(_fp16_gemm, grid, scalars, warps, ahead)
 
 
@@ -112,8 +106,9 @@ def reason(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None)
     """Why :func:`fp16_gemm` does not run these."""
     if scale is None:
         return "cuBLAS multiplies weights in x's dtype"
-    if x.numel() // x.shape[-1] > most_rows(weight):
-        return f"x is widened to fp16 up to {most_rows(weight)} rows with this weight; more are faster as int8 digits"
+    most = most_rows(*weight.shape)
+    if not 3 <= x.numel() // x.shape[-1] <= most:
+        return f"3 to {most} rows of x are faster in fp16 with this weight" if most else "large weights meet digits"
     return _gemv.reason(x, [weight], [scale], [bias])
 
 
@@ -129,7 +124,7 @@ def fp16_gemm(
     if residual is not None:
         residual = residual.reshape(m, n)
         residual = residual if residual.stride(1) == 1 else residual.contiguous()
-    config = config or tile(m, n, k, x.device)
+    config = config or tile(m, n, k)
     launch = _bind(
         m, n, k, (x.stride(0), weight.stride(0), 0 if residual is None else residual.stride(0)), config, pdl(x.device),
         x.dtype, x.device, bias is None or bias.dtype, residual is None,
@@ -145,17 +140,19 @@ def fp16_gemm(
     return y
 
 
-def most_rows(weight: Tensor) -> int:
-    """Rows of x up to which the kernel is faster on an H200 than that with digits and the kernel that makes them."""
-    size = weight.numel()
-    return 32 if size <= 1 << 22 else 16 if size <= 3 << 21 else 8 if size <= 3 << 23 else 0
+def most_rows(n: int, k: int) -> int:
+    """Rows of x up to which a weight [n, k] was faster so than with digits on an H200. The last program of a block
+    reads the sums of all others, so k is bounded too."""
+    if k > 8192:
+        return 0
+    return 32 if n * k <= 1 << 22 else 16 if n * k <= 3 << 21 else 8 if n * k <= 1 << 24 else 0
 
 
-@lru_cache(4096)
-def tile(m: int, n: int, k: int, device: torch.device) -> Config:
-    """Tiles as measured on an H200: all of the weight in registers, with few programs that are large, up to 128 KiB to
-    a multiprocessor."""
+@cache
+def tile(m: int, n: int, k: int) -> Config:
+    """Tiles as measured on an H200."""
     block_m = max(8, triton.next_power_of_2(m))
-    if n * k > limits(device)[0] << 17:
-        return block_m, 64, 256, 2, 2
-    return (block_m, 64, 256, 1, 4) if m > 8 else (block_m, 128, 512, 1, 8)
+    if m > 8:
+        return block_m, 64, 256, 4
+    wide = triton.cdiv(n, 128) * triton.cdiv(k, 512)
+    return (block_m, 64, 512, 2) if 64 < wide < 256 else (block_m, 128, 512, 8)

@@ -139,8 +139,8 @@ OP = register(
     fake=fake,
     kernels=[
         Kernel("native", "cpu", supports_native, run_native),
-        Kernel("gemv", "cuda", supports_gemv, run_gemv),
         Kernel("fp16", "cuda", supports_fp16, _fp16_gemm.fp16_gemm),
+        Kernel("gemv", "cuda", supports_gemv, run_gemv),
         Kernel("tensor_core", "cuda", supports_tensor_core, run_tensor_core),
         Kernel("cublas", "cuda", supports_cublas, run_cublas),
     ],

@@ -133,7 +133,7 @@ def test_tensor_core_group_writes_each_output(sizes, parts):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("config", [(8, 16, 32, 1, 4), (8, 32, 128, 1, 2), (16, 16, 32, 2, 2), (8, 16, 16, 7, 2)])
+@pytest.mark.parametrize("config", [(8, 16, 32, 4), (8, 32, 128, 2), (16, 16, 64, 2)])
 def test_fp16_products(config, dtype):
     torch.manual_seed(0)
     x = rows(1, 5, dtype=dtype)
@@ -147,13 +147,13 @@ def test_fp16_products(config, dtype):
 @pytest.mark.parametrize("parts", [1, 4])
 def test_fp16_products_of_rows_of_any_magnitude(parts):
     torch.manual_seed(0)
-    x = torch.randn(8, K) * torch.tensor([1e-38, 1e-34, 1e-20, 1e-6, 1.0, 1e6, 1e20, 1e34])[:, None]
+    x = torch.randn(8, K) * torch.tensor([1e-38, 1e-34, 1e-20, 1e-6, 1.0, 1e6, 1e20, 1e37])[:, None]
     x[:, :32] *= 1e-9  # other tiles have other magnitudes
     w, scale = weights(16, torch.int8)
-    out = _fp16_gemm.fp16_gemm(x.bfloat16(), w, scale, None, config=(8, 16, 128 // parts, 1, 4))
+    out = _fp16_gemm.fp16_gemm(x.bfloat16(), w, scale, None, config=(8, 16, 128 // parts, 4))
     for row, given in zip(out, x.bfloat16(), strict=True):
         assert_as_exact_as_eager("linear", row, eager(given, w, scale), exact(given, w, scale))
-    assert not _fp16_gemm.fp16_gemm(torch.zeros(3, K).bfloat16(), w, scale, None, config=(8, 16, 64, 1, 4)).any()
+    assert not _fp16_gemm.fp16_gemm(torch.zeros(3, K).bfloat16(), w, scale, None, config=(8, 16, 64, 4)).any()
 
 
 def test_dequantize_is_the_reference():
@@ -168,7 +168,7 @@ def test_not_finite_stays_so():
     w, scale = weights(8, torch.int8)
     assert not linear.run_gemv(x[:1], w, scale, None, None).isfinite().any()
     assert not _gemm.gemm(x, [w], [scale], [None], config=(2, 16, 16, 64, 2, 4, 1))[0].isfinite().any()
-    assert not _fp16_gemm.fp16_gemm(x, w, scale, None, config=(8, 16, 32, 1, 4)).isfinite().any()
+    assert not _fp16_gemm.fp16_gemm(x, w, scale, None, config=(8, 16, 32, 4)).isfinite().any()
 
 
 def test_views_of_a_merged_weight_and_strided_rows():
