@@ -21,8 +21,9 @@ from tinyfuse.kernels._gemm import store, tile_of
 from tinyfuse.kernels._gemv import rows
 from tinyfuse.kernels._triton import Launch, interpreted, jit, pdl, tl, triton
 
-# Rows of x, rows and columns of the weight in a tile, warps.
-Config = tuple[int, int, int, int]
+BLOCK_M = 8  # rows of x: as few columns as ``mma.sync`` has; more rows are more programs
+# Rows and columns of the weight in a tile, warps.
+Config = tuple[int, int, int]
 
 if triton is not None:
     # 0x6400 + u is 1024 + u in fp16; u is the weight + 128.
@@ -60,10 +61,13 @@ def _fp16_gemm(
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
     PDL: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_N columns of y. Of PARTS programs, each with BLOCK_K columns of w, the last to finish sums up in order."""
-    block, part = tl.program_id(0), tl.program_id(1)
-    row, m, k = block * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
-    safe = tl.minimum(row, N - 1)
+    """A tile of y. Of PARTS programs, each with BLOCK_K columns of w, the last to finish sums up in order. Programs
+    that share weights are neighbours."""
+    blocks_m = tl.cdiv(M, BLOCK_M)
+    tile_of_y, part, k = tl.program_id(0), tl.program_id(1), tl.arange(0, BLOCK_K)
+    first = tile_of_y // blocks_m * BLOCK_N
+    m = tile_of_y % blocks_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    safe = tl.minimum(first + tl.arange(0, BLOCK_N), N - 1)
     start = part * BLOCK_K
     w += safe.to(tl.int64)[:, None] * w_stride + k[None, :]
     x += tl.minimum(m, M - 1).to(tl.int64)[:, None] * x_stride + k[None, :]
@@ -77,11 +81,12 @@ def _fp16_gemm(
     total = _product(tile, scales, tile_of(x, k, start, K, BLOCK_K), ASM)
     last = True
     if PARTS > 1:
-        parts += block.to(tl.int64) * (BLOCK_N * BLOCK_M) + tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + m[None, :]
+        inside = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+        parts += tile_of_y.to(tl.int64) * (BLOCK_N * BLOCK_M) + inside
         step = tl.num_programs(0).to(tl.int64) * (BLOCK_N * BLOCK_M)
         tl.store(parts + part * step, total)
         tl.debug_barrier()  # one thread adds, for the stores of all
-        last = tl.atomic_add(counters + block, 1, sem="acq_rel", scope="gpu") % PARTS == PARTS - 1
+        last = tl.atomic_add(counters + tile_of_y, 1, sem="acq_rel", scope="gpu") % PARTS == PARTS - 1
     if last:
         if PARTS > 1:  # past L1 (.cg), which does not see what other programs of the same launch have written
             total = tl.load(parts, cache_modifier=".cg")
@@ -89,16 +94,16 @@ def _fp16_gemm(
                 total += tl.load(parts + other * step, cache_modifier=".cg")
         if bias is not None:
             total += offset[:, None]
-        store(total, residual, residual_stride, y, m, block * BLOCK_N, M, N)
+        store(total, residual, residual_stride, y, m, first, M, N)
 
 
 @lru_cache(4096)
 def _bind(
     m: int, n: int, k: int, strides: tuple[int, int, int], config: Config, ahead: bool, *_dtypes_device: Any
 ) -> Launch:
-    block_m, block_n, block_k, warps = config
-    grid = triton.cdiv(n, block_n), triton.cdiv(k, block_k)
-    scalars = m, n, *strides, k, block_m, block_n, block_k, grid[1], ahead, not interpreted()
+    block_n, block_k, warps = config
+    grid = triton.cdiv(m, BLOCK_M) * triton.cdiv(n, block_n), triton.cdiv(k, block_k)
+    scalars = m, n, *strides, k, BLOCK_M, block_n, block_k, grid[1], ahead, not interpreted()
     return Launch(_fp16_gemm, grid, scalars, warps, ahead)
 
 
@@ -124,18 +129,18 @@ def fp16_gemm(
     if residual is not None:
         residual = residual.reshape(m, n)
         residual = residual if residual.stride(1) == 1 else residual.contiguous()
-    config = config or tile(m, n, k)
+    config = config or tile(n, k)
     launch = _bind(
         m, n, k, (x.stride(0), weight.stride(0), 0 if residual is None else residual.stride(0)), config, pdl(x.device),
         x.dtype, x.device, bias is None or bias.dtype, residual is None,
     )  # fmt: skip
-    blocks, parts, _ = launch.grid
+    tiles, parts, _ = launch.grid
     sums = counted = None
     if parts > 1:
-        sums = x.new_empty((parts * blocks * config[0] * config[1],), dtype=torch.float32)
-        counted = counters(x.device, parts, blocks)
+        sums = x.new_empty((parts * tiles * BLOCK_M * config[0],), dtype=torch.float32)
+        counted = counters(x.device, parts, tiles)
         if counted is None:  # zeroed in the graph that is captured
-            counted = torch.zeros(blocks, dtype=torch.int64, device=x.device)
+            counted = torch.zeros(tiles, dtype=torch.int64, device=x.device)
     launch(x, weight, scale, bias, residual, sums, counted, y)
     return y
 
@@ -149,10 +154,7 @@ def most_rows(n: int, k: int) -> int:
 
 
 @cache
-def tile(m: int, n: int, k: int) -> Config:
+def tile(n: int, k: int) -> Config:
     """Tiles as measured on an H200."""
-    block_m = max(8, triton.next_power_of_2(m))
-    if m > 8:
-        return block_m, 64, 256, 4
     wide = triton.cdiv(n, 128) * triton.cdiv(k, 512)
-    return (block_m, 64, 512, 2) if 64 < wide < 256 else (block_m, 128, 512, 8)
+    return (64, 512, 2) if 64 < wide < 256 else (128, 512, 8)

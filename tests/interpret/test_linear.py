@@ -133,11 +133,12 @@ def test_tensor_core_group_writes_each_output(sizes, parts):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("config", [(8, 16, 32, 4), (8, 32, 128, 2), (16, 16, 64, 2)])
-def test_fp16_products(config, dtype):
+@pytest.mark.parametrize("config", [(16, 32, 4), (32, 128, 2), (16, 64, 2)])
+@pytest.mark.parametrize("M", [5, 19])
+def test_fp16_products(config, dtype, M):
     torch.manual_seed(0)
-    x = rows(1, 5, dtype=dtype)
-    w, scale, bias, residual = *weights(21, torch.int8), torch.randn(21).to(dtype), torch.randn(1, 5, 21).to(dtype)
+    x = rows(1, M, dtype=dtype)
+    w, scale, bias, residual = *weights(21, torch.int8), torch.randn(21).to(dtype), torch.randn(1, M, 21).to(dtype)
     out = _fp16_gemm.fp16_gemm(x, w, scale, bias, residual, config)
     assert_as_exact_as_eager("linear", out, *(f(x, w, scale, bias, residual) for f in (eager, exact)))
     for _ in range(2):  # the counters of shares start again
@@ -150,10 +151,10 @@ def test_fp16_products_of_rows_of_any_magnitude(parts):
     x = torch.randn(8, K) * torch.tensor([1e-38, 1e-34, 1e-20, 1e-6, 1.0, 1e6, 1e20, 1e37])[:, None]
     x[:, :32] *= 1e-9  # other tiles have other magnitudes
     w, scale = weights(16, torch.int8)
-    out = _fp16_gemm.fp16_gemm(x.bfloat16(), w, scale, None, config=(8, 16, 128 // parts, 4))
+    out = _fp16_gemm.fp16_gemm(x.bfloat16(), w, scale, None, config=(16, 128 // parts, 4))
     for row, given in zip(out, x.bfloat16(), strict=True):
         assert_as_exact_as_eager("linear", row, eager(given, w, scale), exact(given, w, scale))
-    assert not _fp16_gemm.fp16_gemm(torch.zeros(3, K).bfloat16(), w, scale, None, config=(8, 16, 64, 4)).any()
+    assert not _fp16_gemm.fp16_gemm(torch.zeros(3, K).bfloat16(), w, scale, None, config=(16, 64, 4)).any()
 
 
 def test_dequantize_is_the_reference():
@@ -168,7 +169,7 @@ def test_not_finite_stays_so():
     w, scale = weights(8, torch.int8)
     assert not linear.run_gemv(x[:1], w, scale, None, None).isfinite().any()
     assert not _gemm.gemm(x, [w], [scale], [None], config=(2, 16, 16, 64, 2, 4, 1))[0].isfinite().any()
-    assert not _fp16_gemm.fp16_gemm(x, w, scale, None, config=(8, 16, 32, 4)).isfinite().any()
+    assert not _fp16_gemm.fp16_gemm(x, w, scale, None, config=(16, 32, 4)).isfinite().any()
 
 
 def test_views_of_a_merged_weight_and_strided_rows():
