@@ -9,7 +9,7 @@ which it loads into registers before it waits for the kernel that makes x.
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -146,15 +146,13 @@ def fp16_gemm(
 
 
 def most_rows(n: int, k: int) -> int:
-    """Rows of x up to which a weight [n, k] was faster so than with digits on an H200. The last program of a block
-    reads the sums of all others, so k is bounded too."""
+    """Rows of x up to which a weight [n, k] was faster so than with digits on an H200. The last program of a tile reads
+    the sums of all others, so k is bounded too."""
     if k > 8192:
         return 0
-    return 32 if n * k <= 1 << 22 else 16 if n * k <= 3 << 21 else 8 if n * k <= 1 << 24 else 0
+    return 32 if n * k <= 1 << 21 else 16 if n * k <= 3 << 21 else 8 if n * k <= 1 << 24 else 0
 
 
-@cache
 def tile(n: int, k: int) -> Config:
     """Tiles as measured on an H200."""
-    wide = triton.cdiv(n, 128) * triton.cdiv(k, 512)
-    return (64, 512, 2) if 64 < wide < 256 else (128, 512, 8)
+    return (128, 512, 8) if n * k <= 1 << 21 else (64, 512, 4)

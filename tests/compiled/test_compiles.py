@@ -163,7 +163,7 @@ def test_linears(compiled, int8):
         _one_row.one_row(*residual, own=False)
         for rows in (4, 40, 200):
             _gemm.gemm(x.repeat(rows, 1), weights[:1], scales[:1], [None], ones(rows, 256))
-        for config in ((64, 512, 2), (128, 512, 8)):
+        for config in ((64, 512, 4), (128, 512, 8)):
             _fp16_gemm.fp16_gemm(several, weights[0], scales[0], None, several[:, :256], config)
         rms_norm_linear_group.run_tensor_core(several, *norm, weights, scales, none)
         rms_norm_gated_linear.run_tensor_core(several, *norm, *pair)
