@@ -302,9 +302,10 @@ def _has_bf16_units() -> bool:
 # Rows of x from which torch's linear on weights of x's dtype is the faster one. Measured at 576x1536, 1536x576 and
 # 4096x4096: fp32 1.0 to 1.25 times as fast from 32 rows on; 16-bit without such units is 3 to 8 times slower.
 _MANY = {torch.float32: 32, torch.bfloat16: 32 if _has_bf16_units() else 1 << 62}
-# Elements of an int8 weight below which expanding it first is the faster way for 128 and more rows in fp32: measured at
-# 384x384 to 1024x4096 it takes 1.01 to 1.09 times as long as float weights, the int8 kernel up to 1.4 times.
-_EXPANDED = 1 << 22
+# From how many rows on, and below which size, an int8 weight is first expanded. Measured in fp32 at 384x384 to
+# 1024x4096: 1.01 to 1.09 times as long as float weights, the int8 kernel up to 1.4 times, but at 4096x4096 that is the
+# faster one. In bf16 with such units, 576x576 to 11008x4096: 0.7 to 0.9 of the kernel's time at 64 rows, half at 256.
+_EXPANDED = {torch.float32: (128, 1 << 22), torch.bfloat16: (64 if _has_bf16_units() else 1 << 62, 1 << 62)}
 
 
 def torch_is_faster(x: torch.Tensor, weight: torch.Tensor | None = None, scale: torch.Tensor | None = None) -> bool:
@@ -312,7 +313,8 @@ def torch_is_faster(x: torch.Tensor, weight: torch.Tensor | None = None, scale: 
     expanded to it."""
     if scale is None:
         return x.numel() >= _MANY.get(x.dtype, 1 << 62) * x.shape[-1]
-    return x.dtype is torch.float32 and weight.numel() < _EXPANDED and x.numel() >= 128 * x.shape[-1]
+    rows, size = _EXPANDED.get(x.dtype, (1 << 62, 0))
+    return weight.numel() < size and x.numel() >= rows * x.shape[-1]
 
 
 def part(

@@ -58,8 +58,9 @@ def run_native(
     b_gate: Tensor | None, b_up: Tensor | None, act: str,
 ) -> Tensor:  # fmt: skip
     if _native.torch_is_faster(x, w_gate, s_gate):
-        up = None if w_up is None else linear.dequantize(w_up, s_up, x.dtype)
-        return reference(x, linear.dequantize(w_gate, s_gate, x.dtype), up, None, None, b_gate, b_up, act)
+        gate = linear.by_torch(x, w_gate, s_gate, b_gate)
+        up = None if w_up is None else linear.by_torch(x, w_up, s_up, b_up)
+        return gated_act.ACTIVATIONS[act](gate) if up is None else gated_act.reference(gate, up, act)
     x = x if x.is_contiguous() else x.contiguous()
     y = _native.empty(x, w_gate.shape[0])
     fields = _native.part(w_gate, s_gate, b_gate, None, y)

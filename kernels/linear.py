@@ -30,6 +30,20 @@ def reference(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | No
 
 # --- CPU ---
 
+EXPANDED = 512  # rows of an int8 weight at a time, of which the float copies stay in the caches
+
+
+def by_torch(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    """``F.linear``, on an int8 weight expanded to x's dtype piece by piece."""
+    if scale is None or len(weight) <= EXPANDED:
+        return F.linear(x, dequantize(weight, scale, x.dtype), bias)
+    y = x.new_empty((*x.shape[:-1], len(weight)))
+    for start in range(0, len(weight), EXPANDED):
+        some = slice(start, start + EXPANDED)
+        part = None if bias is None else bias[some]
+        y[..., some] = F.linear(x, dequantize(weight[some], scale[some], x.dtype), part)
+    return y
+
 
 def supports_native(
     x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, residual: Tensor | None
@@ -41,7 +55,7 @@ def supports_native(
 
 def run_native(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     if _native.torch_is_faster(x, weight, scale):
-        y = F.linear(x, dequantize(weight, scale, x.dtype), bias)
+        y = by_torch(x, weight, scale, bias)
         return y if residual is None else y.add_(residual)
     x = x if x.is_contiguous() else x.contiguous()
     if residual is not None and not residual.is_contiguous():

@@ -38,8 +38,7 @@ def run_native(
     x: Tensor, weights: list[Tensor], scales: list[Tensor | None], biases: list[Tensor | None]
 ) -> list[Tensor]:
     if _native.torch_is_faster(x, weights[0], scales[0]):
-        wide = [linear.dequantize(*pair, x.dtype) for pair in zip(weights, scales, strict=True)]
-        return reference(x, wide, [None] * len(wide), biases)
+        return [linear.by_torch(x, *each) for each in zip(weights, scales, biases, strict=True)]
     x = x if x.is_contiguous() else x.contiguous()
     outputs, fields = [], []
     for weight, scale, bias in zip(weights, scales, biases, strict=True):

@@ -6,6 +6,7 @@ MULTIPLE = {
     "linear": 1.1,  # fp32 sums in another order, or int8 products of fixed-point activations, finer than bf16
     "linear_group": 1.1,
     "gated_linear": 1.1,  # eager code rounds both projections and the activation on the way
+    "linear expanded": 1.5,  # bf16 only: the products of weights and scales are rounded, as a float model's weights are
     "linear on digits": 1.5,  # fp16 only: 16-bit digits of 256 columns come near its own rounding
     "rms_norm": 1.1,  # the same roundings; the sum of squares runs in another order
     "add_rms_norm": 1.1,
