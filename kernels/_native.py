@@ -302,19 +302,26 @@ def _has_bf16_units() -> bool:
 # Rows of x from which torch's linear on weights of x's dtype is the faster one. Measured at 576x1536, 1536x576 and
 # 4096x4096: fp32 1.0 to 1.25 times as fast from 32 rows on; 16-bit without such units is 3 to 8 times slower.
 _MANY = {torch.float32: 32, torch.bfloat16: 32 if _has_bf16_units() else 1 << 62}
-# From how many rows on, and below which size, an int8 weight is first expanded. Measured in fp32 at 384x384 to
-# 1024x4096: 1.01 to 1.09 times as long as float weights, the int8 kernel up to 1.4 times, but at 4096x4096 that is the
-# faster one. In bf16 with such units, 576x576 to 11008x4096: 0.7 to 0.9 of the kernel's time at 64 rows, half at 256.
-_EXPANDED = {torch.float32: (128, 1 << 22), torch.bfloat16: (64 if _has_bf16_units() else 1 << 62, 1 << 62)}
+# And from which it is on int8 weights that are expanded first. Measured at 576x576 to 4096x4096 on one thread: in fp32
+# 0.92 to 1.01 of the int8 kernel's time at 128 and 256 rows; in bf16 with such units 0.9 at 32 rows, 0.4 at 256.
+_EXPANDED = {torch.float32: 128, torch.bfloat16: 32 if _has_bf16_units() else 1 << 62}
 
 
-def torch_is_faster(x: torch.Tensor, weight: torch.Tensor | None = None, scale: torch.Tensor | None = None) -> bool:
-    """Whether torch's own linear is, for as many rows as ``x`` has: on weights in its dtype, or on int8 ``weight``
+def torch_is_faster(x: torch.Tensor, int8: bool = False) -> bool:
+    """Whether torch's own linear is, for as many rows as ``x`` has: on weights in its dtype, or on ``int8`` weights
     expanded to it."""
-    if scale is None:
-        return x.numel() >= _MANY.get(x.dtype, 1 << 62) * x.shape[-1]
-    rows, size = _EXPANDED.get(x.dtype, (1 << 62, 0))
-    return weight.numel() < size and x.numel() >= rows * x.shape[-1]
+    return x.numel() >= (_EXPANDED if int8 else _MANY).get(x.dtype, 1 << 62) * x.shape[-1]
+
+
+_pack_dequantize = packer("8q")
+
+
+def dequantize(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``weight`` int8 [N, K] with contiguous rows times ``scale`` fp32 [N], rounded to ``dtype``."""
+    out = torch.empty(weight.shape, dtype=dtype)
+    pointers = weight.data_ptr(), scale.data_ptr(), out.data_ptr()
+    call("tf_dequantize", _pack_dequantize(*pointers, *weight.shape, weight.stride(0), DTYPES[dtype], threads()))
+    return out
 
 
 def part(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tinyfuse.kernels import _gemm
+from tinyfuse.kernels import _gemm, _native
 from tinyfuse.op import Kernel, register
 
 CHUNK = 1 << 18  # weights converted at a time: 1 MiB in fp32 stays in a core's cache
@@ -24,6 +24,21 @@ def reference(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         part = slice(start, start + step)
         into[part] = rows[part].float().mul_(factors[part])
     return out
+
+
+# --- CPU ---
+
+
+def supports_native(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> str | None:
+    if weight.dtype != torch.int8 or scale.dtype != torch.float32 or dtype not in _native.FLOATING:
+        return "the CPU expands int8 weights with scales in float32 to a floating dtype"
+    if not (weight.is_contiguous() and scale.is_contiguous()):
+        return "the CPU expands contiguous weights with contiguous scales"
+    return _native.reason(weight, scale)
+
+
+def run_native(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return _native.dequantize(weight.flatten(0, -2), scale.flatten(), dtype).view(weight.shape)
 
 
 # --- GPU ---
@@ -49,5 +64,5 @@ OP = register(
     "dequantize(Tensor weight, Tensor scale, ScalarType dtype) -> Tensor",
     reference=reference,
     fake=fake,
-    kernels=[Kernel("cast", "cuda", supports_cast, run_cast)],
+    kernels=[Kernel("cast", "cuda", supports_cast, run_cast), Kernel("native", "cpu", supports_native, run_native)],
 )

@@ -57,7 +57,7 @@ def run_native(
     x: Tensor, w_gate: Tensor, w_up: Tensor | None, s_gate: Tensor | None, s_up: Tensor | None,
     b_gate: Tensor | None, b_up: Tensor | None, act: str,
 ) -> Tensor:  # fmt: skip
-    if _native.torch_is_faster(x, w_gate, s_gate):
+    if _native.torch_is_faster(x, s_gate is not None):
         gate = linear.by_torch(x, w_gate, s_gate, b_gate)
         up = None if w_up is None else linear.by_torch(x, w_up, s_up, b_up)
         return gated_act.ACTIVATIONS[act](gate) if up is None else gated_act.reference(gate, up, act)

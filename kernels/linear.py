@@ -30,18 +30,21 @@ def reference(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | No
 
 # --- CPU ---
 
-EXPANDED = 512  # rows of an int8 weight at a time, of which the float copies stay in the caches
+EXPANDED = 1 << 21  # elements of an int8 weight at a time, of which the float copies stay in the caches
 
 
 def by_torch(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
     """``F.linear``, on an int8 weight expanded to x's dtype piece by piece."""
-    if scale is None or len(weight) <= EXPANDED:
-        return F.linear(x, dequantize(weight, scale, x.dtype), bias)
+    if scale is None:
+        return F.linear(x, weight, bias)
+    step = max(1, EXPANDED // weight.shape[1])
+    if len(weight) <= step:
+        return F.linear(x, _native.dequantize(weight, scale, x.dtype), bias)
     y = x.new_empty((*x.shape[:-1], len(weight)))
-    for start in range(0, len(weight), EXPANDED):
-        some = slice(start, start + EXPANDED)
+    for start in range(0, len(weight), step):
+        some = slice(start, start + step)
         part = None if bias is None else bias[some]
-        y[..., some] = F.linear(x, dequantize(weight[some], scale[some], x.dtype), part)
+        y[..., some] = F.linear(x, _native.dequantize(weight[some], scale[some], x.dtype), part)
     return y
 
 
@@ -54,7 +57,7 @@ def supports_native(
 
 
 def run_native(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    if _native.torch_is_faster(x, weight, scale):
+    if _native.torch_is_faster(x, scale is not None):
         y = by_torch(x, weight, scale, bias)
         return y if residual is None else y.add_(residual)
     x = x if x.is_contiguous() else x.contiguous()

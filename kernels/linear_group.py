@@ -37,7 +37,7 @@ def supports_native(
 def run_native(
     x: Tensor, weights: list[Tensor], scales: list[Tensor | None], biases: list[Tensor | None]
 ) -> list[Tensor]:
-    if _native.torch_is_faster(x, weights[0], scales[0]):
+    if _native.torch_is_faster(x, scales[0] is not None):
         return [linear.by_torch(x, *each) for each in zip(weights, scales, biases, strict=True)]
     x = x if x.is_contiguous() else x.contiguous()
     outputs, fields = [], []

@@ -971,6 +971,39 @@ extern "C" int tf_gated_act(const GatedActArgs* a) {
   return OK;
 }
 
+// ---------------------------------------------------------------- int8 weights as floats
+
+struct DequantizeArgs {
+  const int8_t* weight;  // [rows, N], row stride ldw
+  const float* scale;    // [rows]
+  void* out;             // [rows, N] contiguous
+  i64 rows, N, ldw, type, threads;
+};
+
+namespace {
+
+template <class X> void dequantize_row(const DequantizeArgs& a, i64 row) {
+  const int8_t* weight = a.weight + row * a.ldw;
+  X* out = (X*)a.out + row * a.N;
+  for (i64 n = 0; n < a.N; n += 8) store_some(out + n, load_some(weight + n, a.N - n) * a.scale[row], a.N - n);
+}
+
+void dequantize_body(const DequantizeArgs& a, Team& team) {
+  i64 first = a.rows * team.id / team.size, last = a.rows * (team.id + 1) / team.size;
+  for (i64 row = first; row < last; row++) {
+    if (a.type == BF16) dequantize_row<bf16>(a, row);
+    else if (a.type == F16) dequantize_row<f16>(a, row);
+    else dequantize_row<float>(a, row);
+  }
+}
+
+}  // namespace
+
+extern "C" int tf_dequantize(const DequantizeArgs* a) {
+  run_team<DequantizeArgs>(a->rows * a->N < 16384 ? 1 : a->threads, dequantize_body, *a);
+  return OK;
+}
+
 // ---------------------------------------------------------------- rope and the cache
 
 struct View4 {  // [B, H, S, D], the last stride 1

@@ -17,6 +17,7 @@ from tinyfuse.kernels import (
     add_layer_norm,
     add_rms_norm,
     attention,
+    dequantize,
     experts_gated_linear,
     experts_linear,
     gated_act,
@@ -71,9 +72,9 @@ def exact_linear(x, weight, scale, bias, residual):
     return y if residual is None else y + residual.double()
 
 
-def expanded(x, weight, scale):
+def expanded(x, int8):
     """Whether torch multiplies bf16 by an int8 weight's products with its scales."""
-    return scale is not None and x.dtype is torch.bfloat16 and _native.torch_is_faster(x, weight, scale)
+    return int8 and x.dtype is torch.bfloat16 and _native.torch_is_faster(x, int8)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -89,8 +90,23 @@ def test_linear(M, N, K, dtype, int8, threads):
         args = (x, weight, scale, b, r)
         exact, eager = exact_linear(*args), linear.reference(*args)
         name = "linear on digits" if int8 and dtype is torch.float16 else "linear"
-        name = "linear expanded" if expanded(x, weight, scale) else name
+        name = "linear expanded" if expanded(x, int8) else name
         assert_as_exact_as_eager(name, run(linear, *args), eager, exact)
+
+
+def test_by_torch_piece_by_piece(monkeypatch):
+    x, (weight, scale), bias = activations(5, 40, torch.float32), int8_weight(70, 40), torch.randn(70)
+    whole = linear.by_torch(x, weight, scale, bias)
+    monkeypatch.setattr(linear, "EXPANDED", 40 * 17)
+    torch.testing.assert_close(linear.by_torch(x, weight, scale, bias), whole, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(576, 576), (3, 37, 341), (5, 1), (2, 0, 8)])
+def test_dequantize(shape, dtype, threads):
+    weight, scale = torch.randint(-128, 128, shape, dtype=torch.int8), torch.rand(shape[:-1])
+    assert dequantize.OP.choose(weight, scale, dtype)[0].name == "native"
+    assert torch.equal(dequantize.OP(weight, scale, dtype), dequantize.reference(weight, scale, dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -122,14 +138,14 @@ def test_linear_group_and_gated_linear(M, dtype, int8, threads):
     for out, *args in zip(outs, weights, scales, biases, strict=True):
         eager = linear.reference(x, *args, None)
         assert out.stride() == eager.stride()
-        name = "linear expanded" if expanded(x, *args[:2]) else "linear_group"
+        name = "linear expanded" if expanded(x, int8) else "linear_group"
         assert_as_exact_as_eager(name, out, eager, exact_linear(x, *args, None))
     args = (x, weights[1], weights[3], scales[1], scales[3], biases[1], None)
     gate = exact_linear(x, weights[1], scales[1], biases[1], None)
     up = exact_linear(x, weights[3], scales[3], None, None)
     for act, function in gated_act.ACTIVATIONS.items():
         out, eager = run(gated_linear, *args, act), gated_linear.reference(*args, act)
-        name = "linear expanded" if expanded(x, weights[1], scales[1]) else "gated_linear"
+        name = "linear expanded" if expanded(x, int8) else "gated_linear"
         assert_as_exact_as_eager(name, out, eager, function(gate) * up)
 
 
