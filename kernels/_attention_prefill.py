@@ -4,6 +4,8 @@ A pass over the mask marks every tile of it as empty, full or mixed. A program o
 run of full tiles without reading the mask, then the tiles around it with the mask, up to the outermost that is
 not empty. So a causal, sliding or padded mask given as a
 dense tensor costs what the flag would. Layers share their mask, and the pass runs once per mask.
+
+Where the mask is computed from positions (``Reach``) nothing is read but one byte per key that a block of rows reaches.
 """
 
 from __future__ import annotations
@@ -26,6 +28,16 @@ class Plan(NamedTuple):
     warps: int
     stages: int
     edge_stages: int
+
+
+class Reach(NamedTuple):
+    """Which keys a query attends, as in ``causal_attention``: rows int64 [Sq], columns int64 [Skv], keys bool [>= B, P]
+    or None, window or None."""
+
+    rows: Tensor
+    columns: Tensor
+    keys: Tensor | None
+    window: int | None
 
 
 class BlockMap(NamedTuple):
@@ -82,6 +94,43 @@ def _spans(tiles, blocks, CHUNK: tl.constexpr):
 
 
 @jit
+def _present(keys, stride, begin, end, CHUNK: tl.constexpr):
+    """(begin, end, whole) of what is True in ``keys`` from ``begin`` to ``end``; empty at ``begin`` if nothing is.
+    ``whole``: nothing between is False."""
+    at = tl.arange(0, CHUNK)
+    firsts = tl.full([CHUNK], 2147483647, tl.int32)
+    lasts = tl.zeros([CHUNK], tl.int32)
+    counts = tl.zeros([CHUNK], tl.int32)
+    for start in range(begin, end, CHUNK):
+        n = start + at
+        true = tl.load(keys + n.to(tl.int64) * stride, mask=n < end, other=0) != 0
+        firsts = tl.where(true, tl.minimum(firsts, n), firsts)
+        lasts = tl.where(true, n + 1, lasts)
+        counts += true.to(tl.int32)
+    first, last = tl.min(firsts), tl.max(lasts)
+    count = tl.sum(counts)
+    return tl.where(count > 0, first, begin), tl.where(count > 0, last, begin), count == last - first
+
+
+@jit
+def _reach(keys, stride, top, bottom, window, Skv, CHUNK: tl.constexpr):
+    """(begin, end, full_begin, full_end): what rows that reach up to keys ``top`` ... ``bottom`` attend lies in
+    [begin, end), and all of them attend all of [full_begin, full_end)."""
+    begin = 0
+    end = tl.maximum(tl.minimum(Skv, bottom + 1), 0)
+    full_begin = 0
+    full_end = tl.maximum(tl.minimum(Skv, top + 1), 0)
+    if window is not None:
+        begin = tl.minimum(tl.maximum(top + 1 - window, 0), end)
+        full_begin = tl.maximum(bottom + 1 - window, 0)
+    if keys is not None:
+        begin, end, whole = _present(keys, stride, begin, end, CHUNK)
+        full_begin = tl.maximum(full_begin, begin)
+        full_end = tl.where(whole, tl.minimum(full_end, end), 0)
+    return begin, end, full_begin, full_end
+
+
+@jit
 def _load(ptr, keep, inner, MASKED: tl.constexpr, PADDED: tl.constexpr):
     if MASKED and PADDED:
         return tl.load(ptr, mask=keep[:, None] & inner[None, :], other=0.0)
@@ -95,8 +144,8 @@ def _load(ptr, keep, inner, MASKED: tl.constexpr, PADDED: tl.constexpr):
 
 @jit
 def _prefill(
-    q, k, v, mask, tiles, columns, out, scale, cap, Sq, Skv,
-    q_b, q_h, q_m, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, mask_h, mask_m, mask_n, map_b, map_h,
+    q, k, v, mask, tiles, columns, rows_at, columns_at, keys, window, out, scale, cap, Sq, Skv,
+    q_b, q_h, q_m, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, mask_h, mask_m, mask_n, map_b, map_h, keys_b, keys_n,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, EDGE_STAGES: tl.constexpr,
     KIND: tl.constexpr, CAUSAL: tl.constexpr,
@@ -121,9 +170,23 @@ def _prefill(
     hi = tl.cdiv(Skv, BLOCK_N)
     full_lo = 0
     full_hi = Skv // BLOCK_N
+    begin = 0
+    end = Skv
+    reach = m
     if CAUSAL:
-        hi = tl.minimum(hi, tl.cdiv((block + 1) * BLOCK_M, BLOCK_N))
-        full_hi = tl.minimum(full_hi, (block * BLOCK_M + 1) // BLOCK_N)
+        offset = 0
+        if rows_at is not None:
+            column = tl.load(columns_at)
+            offset = (tl.load(rows_at) - column).to(tl.int32)
+            if keys is not None:
+                keys += b * keys_b + column * keys_n
+        reach += offset
+        bottom = tl.minimum((block + 1) * BLOCK_M, Sq) - 1 + offset
+        begin, end, full_lo, full_hi = _reach(keys, keys_n, block * BLOCK_M + offset, bottom, window, Skv, 2048)
+        lo = begin // BLOCK_N
+        hi = tl.cdiv(end, BLOCK_N)
+        full_lo = tl.maximum(tl.cdiv(full_lo, BLOCK_N), lo)
+        full_hi = tl.maximum(full_hi // BLOCK_N, full_lo)
     if KIND == 1:
         line = b * map_b + head * map_h + block
         lo, hi, full_lo, full_hi = _spans(tiles + line * hi, hi, 128)
@@ -156,7 +219,9 @@ def _prefill(
         i += tl.where(i < full_lo, 0, full_hi - full_lo)
         start = tl.cast(i, tl.int64) * BLOCK_N
         n = start + tile
-        keep = n < Skv
+        keep = (n >= begin) & (n < end)
+        if keys is not None:
+            keep = tl.load(keys + n * keys_n, mask=keep, other=0) != 0
         if KIND == 1:
             keep = tl.load(columns + n, mask=keep, other=0) != 0
         key = _load(k_ptr + start * k_n, keep, d < D, True, BLOCK_D != D)
@@ -175,7 +240,10 @@ def _prefill(
             else:
                 score = tl.where(keep[None, :], score + to_log2(hidden), float("-inf"))
         if CAUSAL:
-            score = tl.where(n[None, :] <= rows[:, None], score, float("-inf"))
+            seen = n[None, :] <= reach[:, None]
+            if window is not None:
+                seen &= n[None, :] > reach[:, None] - window
+            score = tl.where(seen, score, float("-inf"))
         higher = tl.maximum(top, tl.max(score, 1))
         shift = tl.where(higher == float("-inf"), 0.0, higher)
         p = tl.exp2(score - shift[:, None])
@@ -236,11 +304,12 @@ def _make_map(mask: Tensor, size: tuple[int, int, int, int], p: Plan) -> BlockMa
 
 def prefill(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool, chosen: Plan | None = None,
-    softcap: float | None = None,
+    softcap: float | None = None, reach: Reach | None = None,
 ) -> Tensor:  # fmt: skip
-    """Launch the kernels; arguments as in ``attention``, ``chosen`` overrides :func:`plan`."""
+    """Launch the kernels; arguments as in ``attention``, ``chosen`` overrides :func:`plan`; ``reach`` may stand in for
+    a mask, where ``is_causal`` is counted from its positions."""
     B, H, Sq, D = q.shape
-    if Sq <= MAX_ROWS:
+    if Sq <= MAX_ROWS and reach is None:
         return decode(q, k, v, mask, scale, is_causal, softcap=softcap)
     Skv, DV = v.shape[2:]
     block_d, block_dv = triton.next_power_of_2(D), triton.next_power_of_2(DV)
@@ -248,6 +317,7 @@ def prefill(
     kind = mask_kind(mask)
     tiles = columns = None
     map_b = map_h = 0
+    rows, at, keys, window = reach or (None,) * 4
     if mask is not None and mask.dtype == torch.bool:
         tiles, columns = block_map(mask, (B, H, Sq, Skv), p)
         heads, blocks = tiles.shape[1:3]
@@ -255,8 +325,9 @@ def prefill(
     out = torch.empty((B, Sq, H, DV), dtype=q.dtype, device=q.device)
     start(
         _prefill, (triton.cdiv(Sq, p.block_m), H, B),
-        q, k, v, mask, tiles, columns, out, *in_log2(scale, softcap), Sq, Skv,
+        q, k, v, mask, tiles, columns, rows, at, keys, window, out, *in_log2(scale, softcap), Sq, Skv,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *mask_strides(mask), map_b, map_h,
+        *((0, 0) if keys is None else keys.stride()),
         H // k.shape[1], D, DV, block_d, block_dv, p.block_m, p.block_n, p.stages, p.edge_stages,
         kind, is_causal, num_warps=p.warps,
     )  # fmt: skip

@@ -149,7 +149,7 @@ def flash(
 
 # --- CPU ---
 
-_pack_native = _native.packer("32qdd")
+_pack_native = _native.packer("35qdd")
 # Measured: at 12 x 12 scores per head the kernel takes 0.6 to 0.8 of SDPA's time, at 32 x 32 up to 1.5, at 128 x 128 2.
 MOST_SCORES = 256
 
@@ -169,8 +169,9 @@ def supports_native(
 
 def run_native(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool,
-    softcap: float | None = None,
+    softcap: float | None = None, rows: Tensor | None = None, columns: Tensor | None = None, window: int | None = None,
 ) -> Tensor:  # fmt: skip
+    """With ``rows`` and the rest as in ``causal_attention``, whose keys are ``mask`` [B, 1, 1, P]."""
     batch, heads, queries, width = q.shape
     _, kv_heads, length, value_width = v.shape
     out = q.new_empty(batch, queries, heads, value_width).transpose(1, 2)
@@ -178,12 +179,13 @@ def run_native(
     if mask is not None:
         strides = (0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True))
         masking = (mask.data_ptr(), *strides, _native.DTYPES[mask.dtype])
+    positions = (0, 0) if rows is None else (rows.data_ptr(), columns.data_ptr())
     _native.call(
         "tf_attention",
         _pack_native(
             *_native.view(q), *_native.view(k), *_native.view(v), *_native.view(out), *masking, batch, heads, kv_heads,
-            queries, length, width, value_width, _native.DTYPES[q.dtype], is_causal, _native.threads(), scale,
-            softcap or 0.0,
+            queries, length, width, value_width, _native.DTYPES[q.dtype], is_causal, _native.threads(),
+            *positions, window or 0, scale, softcap or 0.0,
         ),
     )  # fmt: skip
     return out

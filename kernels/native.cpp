@@ -1104,7 +1104,13 @@ struct AttentionArgs {
   const void* mask;  // null, bool (1: attend) or floating (added)
   i64 mask_b, mask_h, mask_q, mask_k, mask_type;
   i64 B, H, Hkv, Sq, Skv, D, Dv, type, causal, threads;
-  double scale, softcap;  // 0: none
+  const i64 *rows, *columns;  // null, or the positions of queries and keys, of which the mask's keys are
+  i64 window;                 // 0: none
+  double scale, softcap;      // 0: none
+  i64 first_key() const { return columns ? columns[0] : 0; }
+  // The last key that a query attends, and the first.
+  i64 reach(i64 s) const { return rows ? s + rows[0] - columns[0] : s; }
+  i64 begin(i64 s) const { return window ? std::max<i64>(0, reach(s) - window + 1) : 0; }
 };
 
 namespace {
@@ -1123,7 +1129,7 @@ struct AttentionWork {
 };
 
 INLINE float mask_value(const AttentionArgs& a, i64 b, i64 h, i64 s, i64 j) {
-  i64 at = b * a.mask_b + h * a.mask_h + s * a.mask_q + j * a.mask_k;
+  i64 at = b * a.mask_b + h * a.mask_h + s * a.mask_q + (j + a.first_key()) * a.mask_k;
   if (a.mask_type == BOOL) return ((const uint8_t*)a.mask)[at] ? 0.0f : -INFINITY;
   if (a.mask_type == BF16) return get((const bf16*)a.mask, at);
   if (a.mask_type == F16) return get((const f16*)a.mask, at);
@@ -1132,9 +1138,10 @@ INLINE float mask_value(const AttentionArgs& a, i64 b, i64 h, i64 s, i64 j) {
 
 // Adds the mask to one row of scores and shrinks [*low, *high) to the keys that some row so far attends.
 INLINE void mask_row(const AttentionArgs& a, i64 b, i64 h, i64 s, i64 j0, i64 count, float* added, i64* low, i64* high) {
+  i64 begin = a.begin(s), reach = a.causal ? a.reach(s) : a.Skv;
   for (i64 j = 0; j < count; j++) {
     float m = a.mask ? mask_value(a, b, h, s, j0 + j) : 0.0f;
-    if (a.causal && j0 + j > s) m = -INFINITY;
+    if (j0 + j < begin || j0 + j > reach) m = -INFINITY;
     added[j] = m;
     if (m != -INFINITY) *low = std::min(*low, j), *high = std::max(*high, j + 1);
   }
@@ -1242,7 +1249,7 @@ template <class T> void attention_unit(const AttentionWork& w, i64 unit) {
   i64 row0 = tile * TILE, rows = std::min(TILE, group * a.Sq - row0);
   i64 span = w.last[b] - w.first[b], piece = ceil_div(ceil_div(span, w.splits), 8) * 8;
   i64 begin = w.first[b] + std::min(span, split * piece), end = w.first[b] + std::min(span, (split + 1) * piece);
-  if (a.causal) end = std::min(end, std::min(row0 + rows - 1, a.Sq * group - 1) / group + 1);
+  if (a.causal) end = std::min(end, a.reach(std::min(row0 + rows - 1, a.Sq * group - 1) / group) + 1);
 
   i64 padded = ceil_div(a.D, 8) * 8, stride = w.stride();
   float* partial = w.partial + unit * TILE * stride;
@@ -1320,9 +1327,17 @@ template <class T> void attention_body(const AttentionWork& w, Team& team) {
   for (i64 index = team.claim(); index < tiles; index = team.claim()) attention_join<T>(w, index);
 }
 
-// The span of keys that any query of batch row b attends, read from a bool mask that all heads share.
+// The span of keys that any query of batch row b attends, by its reach or read from a bool mask that all heads share.
 void attended(const AttentionArgs& a, i64 b, i64* first, i64* last) {
   *first = 0, *last = a.Skv;
+  if (a.rows) {
+    *last = std::max<i64>(0, std::min(a.Skv, a.reach(a.Sq - 1) + 1)), *first = std::min(a.begin(0), *last);
+    if (!a.mask) return;
+    const uint8_t* keys = (const uint8_t*)a.mask + b * a.mask_b + a.first_key() * a.mask_k;
+    while (*first < *last && !keys[*first * a.mask_k]) ++*first;
+    while (*first < *last && !keys[(*last - 1) * a.mask_k]) --*last;
+    return;
+  }
   if (!a.mask || a.mask_type != BOOL || a.mask_h != 0 || a.Sq > 16) return;
   const uint8_t* mask = (const uint8_t*)a.mask + b * a.mask_b;
   i64 low = a.Skv, high = 0;

@@ -41,7 +41,7 @@ class Built:
         if isinstance(expr, (tuple, list)):
             return type(expr)(self._emit(e) for e in expr)
         if isinstance(expr, Capture):
-            return self.captured[expr.name]
+            return self._emit(self.captured[expr.name])
         if not isinstance(expr, (Call, Cast)):
             return expr
         if id(expr) not in self.made:

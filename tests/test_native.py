@@ -17,6 +17,7 @@ from tinyfuse.kernels import (
     add_layer_norm,
     add_rms_norm,
     attention,
+    causal_attention,
     dequantize,
     experts_gated_linear,
     experts_linear,
@@ -410,6 +411,27 @@ def test_left_padding_and_fully_masked_rows():
     assert not out[:, 2].any() and not out[:, 1, :, 0].any()
     alone = attention.run_native(q[:1], k[:1, :, 150:170], v[:1, :, 150:170], None, 0.2, False)
     assert_as_exact_as_eager("attention", out[0, :1], alone, alone.double())
+
+
+@pytest.mark.parametrize("window", [None, 1, 20])
+@pytest.mark.parametrize("starts", [(0, 0), (60, 0), (90, 70), (0, 40)])
+@pytest.mark.parametrize("Sq, Skv", [(5, 77), (150, 150), (300, 70)])
+def test_attention_by_positions(Sq, Skv, starts, window, threads):
+    """In blocks of rows and in the kernel; from the third sequence on everything is padding."""
+    q, k, v = attention_inputs(3, 4, 2, Sq, Skv, 24, 16, torch.float32)
+    rows, columns = (torch.arange(n) + start for n, start in zip((Sq, Skv), starts, strict=True))
+    held = torch.ones(Skv + 75, 4, dtype=torch.bool).t()
+    held[1, : starts[1] + 9], held[1, starts[1] + 60 :], held[2:] = False, False, False
+    for keys in (held, None):
+        wanted = rows, columns, keys, window
+        seen = causal_attention.visible(*wanted, 3).any(-1)[..., None].expand(3, 4, Sq, 16)
+        ways = (causal_attention.run_native, causal_attention.run_blocks)
+        for run, softcap in ((ways[0], None), (ways[0], 1.5), (ways[1], None)):
+            out = run(q, k, v, *wanted, 0.2, softcap)
+            eager = causal_attention.reference(q, k, v, *wanted, 0.2, softcap)
+            exact = causal_attention.reference(q.double(), k.double(), v.double(), *wanted, 0.2, softcap)
+            assert out.transpose(1, 2).is_contiguous() and not out[~seen].any()
+            assert_as_exact_as_eager("attention", out, eager, exact)
 
 
 def test_many_rows_go_to_what_is_faster():

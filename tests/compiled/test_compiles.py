@@ -141,6 +141,10 @@ def test_attention(compiled, D, heads, kv_heads, dtype):
     rope_append_attention.run_triton(*batch, pos, False, row.repeat(4, 1, 1, 1), 0.1)
     _attention_prefill.prefill(prompt, cache, cache, row.expand(2, 1, 40, L), 0.1, False)
     _attention_prefill.prefill(prompt, prompt[:, :kv_heads], prompt[:, :kv_heads], None, 0.1, True, softcap=50.0)
+    keys = torch.ones(2, L + 1, dtype=torch.bool)
+    for held, window in ((keys, 100), (keys, None), (None, 100), (None, None)):
+        reach = _attention_prefill.Reach(torch.arange(40), torch.arange(L), held, window)
+        _attention_prefill.prefill(prompt, cache, cache, None, 0.1, True, reach=reach)
     assert {"_decode", "_prefill", "_map", "_mask_bounds"} <= set(compiled)
 
 

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from tinyfuse.kernels import _attention_decode, _attention_prefill, _counters
+from tinyfuse.kernels import _attention_decode, _attention_prefill, _counters, causal_attention
 from tinyfuse.kernels.attention import reference
 
 # B, H, Hkv, Sq, Skv, D, Dv
@@ -109,6 +109,41 @@ def test_decode_in_float32(shape):
 @pytest.mark.parametrize("shape, kind", list(itertools.product(PREFILL, MASKS)))
 def test_prefill(shape, kind):
     check(_attention_prefill.prefill, shape, kind, torch.float16, _attention_prefill.Plan(16, 16, 4, 1, 1))
+
+
+# The position of the first query and of the first key, the window, the padding.
+REACHES = list(itertools.product([(0, 0), (21, 0), (30, 24), (0, 40)], [None, 1, 9], [None, "left", "right", "holes"]))
+
+
+def make_keys(kind, B, count):
+    """Of other strides than a mask's, the first row without padding; "left" leaves some queries nothing."""
+    if kind is None:
+        return None
+    n = torch.arange(count)
+    held = {"left": n >= 10, "right": n < count - 25, "holes": n % 3 != 1}[kind]
+    keys = torch.zeros(count, B, 2, dtype=torch.bool)[:, :, 1].t()
+    keys[:] = held
+    keys[0] = True if B > 1 else held
+    return keys
+
+
+@pytest.mark.parametrize("starts, window, padding", REACHES)
+@pytest.mark.parametrize("shape", [*PREFILL, (1, 2, 1, 40, 64, 16, 16)])
+def test_prefill_by_positions(shape, starts, window, padding):
+    torch.manual_seed(0)
+    B, _, _, Sq, Skv, D, _ = shape
+    q, k, v = make_inputs(shape, torch.float16)
+    rows, columns = (torch.arange(n) + start for n, start in zip((Sq, Skv), starts, strict=True))
+    reach = _attention_prefill.Reach(rows, columns, make_keys(padding, B, Skv + starts[1] + 3), window)
+    mask, softcap = causal_attention.visible(*reach, B), 5.0 if padding else None
+    hidden = ~mask.expand(B, 1, Sq, Skv).any(2)[:, 0]
+    exact = reference(q.double(), k.double(), v.double(), mask, D**-0.5, False, softcap)
+    for x in (k, v):  # what no query attends may be anything
+        x.copy_(x.masked_fill(hidden[:, None, :, None], float("nan")))
+    plan = _attention_prefill.Plan(16, 16, 4, 1, 1)
+    out = _attention_prefill.prefill(q, k, v, None, D**-0.5, True, plan, softcap=softcap, reach=reach)
+    assert (out.double() - exact).norm() <= 1e-3 * exact.norm()
+    assert not out[~mask.any(-1, keepdim=True).expand(out.shape)].any()
 
 
 @pytest.mark.parametrize("softcap", [0.5, 30.0])

@@ -7,7 +7,7 @@ Nodes are changed in place, so a node of the original graph and its normal form 
 * a permutation that swaps two dims becomes ``transpose``; ``x[:, :, a:b]`` of three dims becomes ``x[..., a:b]``;
 * a tensor of one number that is compared with, or filled in, is the number;
 * conversions to the same dtype, contiguous() of a contiguous tensor, reshapes and expands to the same
-  shape, dropout in evaluation, API logging and items of a tuple that nothing uses vanish.
+  shape, dropout in evaluation, ``and`` with a new True, API logging and items of a tuple that nothing uses vanish.
 
 Everything else stays as it was.
 """
@@ -251,12 +251,20 @@ def _become(node: Node, target: Callable, args: tuple) -> None:
     node.op, node.target, node.args, node.kwargs = "call_function", target, args, {}
 
 
+def _is_true(node: Any) -> bool:
+    """Whether ``node`` is one bool, made as True for its only user."""
+    made = is_tensor(node) and node.target == "new_ones" and len(node.users) == 1
+    return made and value(node).dim() == 0 and value(node).dtype is torch.bool
+
+
 def _same_as(node: Node) -> Node | None:
     """The input that ``node`` merely passes on."""
     if node.target in (F.dropout, torch.dropout):
         bound = dict(zip(("input", "p", "training"), node.args, strict=False)) | node.kwargs
         idle = bound.get("training", True) is False or bound.get("p", 0.5) == 0.0
         return bound["input"] if idle else None
+    if node.target is operator.and_ and _is_true(node.args[0]) and is_tensor(node.args[1]):
+        return node.args[1] if value(node.args[1]).dtype is torch.bool else None
     source = node.args[0] if node.args else None
     if not is_tensor(source) or not is_tensor(node):
         return None

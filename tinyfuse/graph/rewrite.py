@@ -119,9 +119,9 @@ class _Site:
 
     def __init__(self, found: Match, pattern: Pattern):
         self.found, self.pattern = found, pattern
-        shared = {n for e, n in found.nodes.items() if isinstance(e, Call) and e.shared}
-        self.inside = (set(found.nodes.values()) | set(found.roots)) - shared
-        self.inputs = {c for c in found.captures.values() if isinstance(c, Node)} | shared
+        self.shared = {n for e, n in found.nodes.items() if isinstance(e, Call) and e.shared}
+        self.inside = (set(found.nodes.values()) | set(found.roots)) - self.shared
+        self.inputs = {c for c in found.captures.values() if isinstance(c, Node)} | self.shared
 
     def refusal(self) -> str | None:
         for node in self.inside - set(self.found.roots):
@@ -136,11 +136,11 @@ class _Site:
 
     def _hazard(self) -> str | None:
         """A write of an input, or an access to what the match writes, that the rewrite would move across."""
-        node, last = min(self.inside), max(self.inside)
+        node, last, matched = min(self.inside | self.shared), max(self.inside), self.inside | self.shared
         written = {storage(w) for n in self.inside for w in writes(n)}
         while node is not last:
             node = node.next
-            if node in self.inside:
+            if node in matched:
                 continue
             touched = {storage(w) for w in writes(node)}
             if touched and self._moves_a_read(node, touched):
@@ -150,10 +150,12 @@ class _Site:
         return None
 
     def _moves_a_read(self, write: Node, touched: set[Any]) -> bool:
-        """Whether an input in the memory ``touched`` by ``write`` is read on the other side of it now."""
+        """Whether an input in the memory ``touched`` by ``write`` is read on the other side of it now, or a shared
+        value is no longer what it was made as."""
         aliases = [n for n in self.inputs if storage(n) in touched]
-        readers = [user for n in aliases for user in n.users if user in self.inside]
-        return bool(aliases) and (self.place < write or any(user < write for user in readers))
+        readers = [user for n in aliases for user in n.users if user in self.inside | self.shared]
+        before = any(n < write for n in (*readers, *self.shared.intersection(aliases)))
+        return bool(aliases) and (self.place < write or before)
 
     def replace(self, graph: Graph, values: Sequence[Any], effects: Sequence[Call], outcome: Outcome) -> None:
         known = {id(new): value(root) for root, new in zip(self.found.roots, values, strict=True)}

@@ -16,10 +16,14 @@ from tinyfuse.graph.rewrite import run_fake
 from tinyfuse.graph.share import VIEWS, written
 
 
+_OF_MASKS = (operator.and_, operator.le, operator.gt, torch.sub, torch.add, "new_ones")
+
+
 def drop_dead(graph: Graph) -> None:
-    """Erase views, ``arange`` calls and tuple items without users, which rewriting leaves behind."""
+    """Erase views, ``arange`` calls, masks and tuple items without users, which rewriting leaves behind."""
+    dropped = (*VIEWS, torch.reshape, torch.arange, operator.getitem, *_OF_MASKS)
     for node in reversed(graph.nodes):
-        if not node.users and node.target in (*VIEWS, torch.reshape, torch.arange, operator.getitem):
+        if not node.users and node.target in dropped:
             graph.erase_node(node)
 
 
