@@ -97,12 +97,12 @@ def _spans(tiles, blocks, CHUNK: tl.constexpr):
 def _present(keys, stride, begin, end, CHUNK: tl.constexpr):
     """(begin, end, whole) of what is True in ``keys`` from ``begin`` to ``end``; empty at ``begin`` if nothing is.
     ``whole``: nothing between is False."""
-    at = tl.arange(0, CHUNK)
+    tile = tl.arange(0, CHUNK)
     firsts = tl.full([CHUNK], 2147483647, tl.int32)
     lasts = tl.zeros([CHUNK], tl.int32)
     counts = tl.zeros([CHUNK], tl.int32)
-    for start in range(begin, end, CHUNK):
-        n = start + at
+    for i in range(begin, end, CHUNK):
+        n = i + tile
         true = tl.load(keys + n.to(tl.int64) * stride, mask=n < end, other=0) != 0
         firsts = tl.where(true, tl.minimum(firsts, n), firsts)
         lasts = tl.where(true, n + 1, lasts)
@@ -113,13 +113,13 @@ def _present(keys, stride, begin, end, CHUNK: tl.constexpr):
 
 
 @jit
-def _reach(keys, stride, top, bottom, window, Skv, CHUNK: tl.constexpr):
-    """(begin, end, full_begin, full_end): what rows that reach up to keys ``top`` ... ``bottom`` attend lies in
-    [begin, end), and all of them attend all of [full_begin, full_end)."""
+def _reach(keys, stride, top, bottom, window, count, CHUNK: tl.constexpr):
+    """(begin, end, full_begin, full_end): what rows that reach up to keys ``top`` ... ``bottom`` of ``count`` attend
+    lies in [begin, end), and all of them attend all of [full_begin, full_end)."""
     begin = 0
-    end = tl.maximum(tl.minimum(Skv, bottom + 1), 0)
+    end = tl.maximum(tl.minimum(count, bottom + 1), 0)
     full_begin = 0
-    full_end = tl.maximum(tl.minimum(Skv, top + 1), 0)
+    full_end = tl.maximum(tl.minimum(count, top + 1), 0)
     if window is not None:
         begin = tl.minimum(tl.maximum(top + 1 - window, 0), end)
         full_begin = tl.maximum(bottom + 1 - window, 0)
@@ -142,10 +142,10 @@ def _load(ptr, keep, inner, MASKED: tl.constexpr, PADDED: tl.constexpr):
         return tl.load(ptr)
 
 
-@jit
+@jit(do_not_specialize=["keys_b", "held"])
 def _prefill(
     q, k, v, mask, tiles, columns, rows_at, columns_at, keys, window, out, scale, cap, Sq, Skv,
-    q_b, q_h, q_m, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, mask_h, mask_m, mask_n, map_b, map_h, keys_b, keys_n,
+    q_b, q_h, q_m, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, mask_h, mask_m, mask_n, map_b, map_h, keys_b, keys_n, held,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, EDGE_STAGES: tl.constexpr,
     KIND: tl.constexpr, CAUSAL: tl.constexpr,
@@ -180,9 +180,10 @@ def _prefill(
             offset = (tl.load(rows_at) - column).to(tl.int32)
             if keys is not None:
                 keys += b * keys_b + column * keys_n
+                end = tl.minimum(end, (held - column).to(tl.int32))
         reach += offset
         bottom = tl.minimum((block + 1) * BLOCK_M, Sq) - 1 + offset
-        begin, end, full_lo, full_hi = _reach(keys, keys_n, block * BLOCK_M + offset, bottom, window, Skv, 2048)
+        begin, end, full_lo, full_hi = _reach(keys, keys_n, block * BLOCK_M + offset, bottom, window, end, 2048)
         lo = begin // BLOCK_N
         hi = tl.cdiv(end, BLOCK_N)
         full_lo = tl.maximum(tl.cdiv(full_lo, BLOCK_N), lo)
@@ -327,7 +328,7 @@ def prefill(
         _prefill, (triton.cdiv(Sq, p.block_m), H, B),
         q, k, v, mask, tiles, columns, rows, at, keys, window, out, *in_log2(scale, softcap), Sq, Skv,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *mask_strides(mask), map_b, map_h,
-        *((0, 0) if keys is None else keys.stride()),
+        *((0, 0, 0) if keys is None else (*keys.stride(), keys.shape[1])),
         H // k.shape[1], D, DV, block_d, block_dv, p.block_m, p.block_n, p.stages, p.edge_stages,
         kind, is_causal, num_warps=p.warps,
     )  # fmt: skip

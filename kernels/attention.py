@@ -149,7 +149,7 @@ def flash(
 
 # --- CPU ---
 
-_pack_native = _native.packer("35qdd")
+_pack_native = _native.packer("36qdd")
 # Measured: at 12 x 12 scores per head the kernel takes 0.6 to 0.8 of SDPA's time, at 32 x 32 up to 1.5, at 128 x 128 2.
 MOST_SCORES = 256
 
@@ -180,12 +180,13 @@ def run_native(
         strides = (0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True))
         masking = (mask.data_ptr(), *strides, _native.DTYPES[mask.dtype])
     positions = (0, 0) if rows is None else (rows.data_ptr(), columns.data_ptr())
+    held = length if mask is None else mask.shape[3]
     _native.call(
         "tf_attention",
         _pack_native(
             *_native.view(q), *_native.view(k), *_native.view(v), *_native.view(out), *masking, batch, heads, kv_heads,
             queries, length, width, value_width, _native.DTYPES[q.dtype], is_causal, _native.threads(),
-            *positions, window or 0, scale, softcap or 0.0,
+            *positions, held, window or 0, scale, softcap or 0.0,
         ),
     )  # fmt: skip
     return out

@@ -4,8 +4,9 @@
     columns[n] <= rows[m],  columns[n] > rows[m] - window,  keys[b, columns[n]]
 
 q [B, H, S, D]; k [B, Hkv, L, D]; v [B, Hkv, L, Dv]; rows int64 [S] and columns int64 [L]: each counts up by one.
-keys bool [at least B, P], False for padding, or None; P exceeds every column. window: an int above 0, or None for all.
-scale, softcap and out [B, H, S, Dv] as in ``attention``; a row that attends nothing gives zeros.
+keys bool [at least B, P], False for padding, or None; P exceeds every column, and no kernel reads further. window: an
+int above 0, or None for all. scale, softcap and out [B, H, S, Dv] as in ``attention``; a row that attends nothing gives
+zeros.
 """
 
 from __future__ import annotations

@@ -1105,7 +1105,7 @@ struct AttentionArgs {
   i64 mask_b, mask_h, mask_q, mask_k, mask_type;
   i64 B, H, Hkv, Sq, Skv, D, Dv, type, causal, threads;
   const i64 *rows, *columns;  // null, or the positions of queries and keys, of which the mask's keys are
-  i64 window;                 // 0: none
+  i64 held, window;           // keys of the mask; 0: none
   double scale, softcap;      // 0: none
   i64 first_key() const { return columns ? columns[0] : 0; }
   // The last key that a query attends, and the first.
@@ -1331,7 +1331,8 @@ template <class T> void attention_body(const AttentionWork& w, Team& team) {
 void attended(const AttentionArgs& a, i64 b, i64* first, i64* last) {
   *first = 0, *last = a.Skv;
   if (a.rows) {
-    *last = std::max<i64>(0, std::min(a.Skv, a.reach(a.Sq - 1) + 1)), *first = std::min(a.begin(0), *last);
+    i64 count = a.mask ? std::min(a.Skv, a.held - a.first_key()) : a.Skv;
+    *last = std::max<i64>(0, std::min(count, a.reach(a.Sq - 1) + 1)), *first = std::min(a.begin(0), *last);
     if (!a.mask) return;
     const uint8_t* keys = (const uint8_t*)a.mask + b * a.mask_b + a.first_key() * a.mask_k;
     while (*first < *last && !keys[*first * a.mask_k]) ++*first;

@@ -57,7 +57,7 @@ def is_integer(number):
 
 def counts(m, name, size):
     found = counting(m.captures[name])
-    return found is not None and same_size(found[1], size)
+    return found is not None and statically_known_true(found[1] == size)
 
 
 def positions_fit(m):
@@ -65,13 +65,12 @@ def positions_fit(m):
 
 
 def padding_fits(m):
-    """It is read in order and within its bounds: what indices wrap around is not moved to a kernel."""
+    """Indices from 0 on do not wrap around."""
     if "held" not in m.captures:
         return True
-    (start, length), first = counting(m.columns), counting(m.batch)
-    read = m.value("held").dim() == 2 and m.dtype("held") is torch.bool and counts(m, "batch", m.shape("q")[0])
-    known = read and first[0] == 0 and is_integer(start)
-    return known and all(map(statically_known_true, (start >= 0, start + length <= m.shape("held")[1])))
+    start, sequences = counting(m.columns)[0], counts(m, "batch", m.shape("q")[0])
+    flags = m.value("held").dim() == 2 and m.dtype("held") is torch.bool
+    return flags and sequences and counting(m.batch)[0] == 0 and is_integer(start) and statically_known_true(start >= 0)
 
 
 def kernel_fits(m):
@@ -92,7 +91,7 @@ positions = Pattern(
     where=(
         Check(lambda m: not same_size(m.shape("q")[2], 1), "it is of one token"),
         Check(positions_fit, "the positions of its mask do not count on, one for each query and each key"),
-        Check(padding_fits, "its padding is not known to have a bool for each key of each sequence"),
+        Check(padding_fits, "its padding is not a bool for each key of each sequence"),
         Check(lambda m: type(window := m.captures.get("window", 1)) is int and window > 0, "its window is no number"),
         Check(kernel_fits, "its kernel takes 16-bit inputs with a head_dim of 16 to 256"),
     ),

@@ -146,6 +146,17 @@ def test_prefill_by_positions(shape, starts, window, padding):
     assert not out[~mask.any(-1, keepdim=True).expand(out.shape)].any()
 
 
+def test_prefill_reads_no_padding_beyond_its_end():
+    q, k, v = make_inputs((1, 2, 2, 20, 40, 16, 16), torch.float16)
+    rows, columns, held = torch.arange(20) + 19, torch.arange(40), torch.ones(1, 40, dtype=torch.bool)
+    held[:, 29:] = False
+    short, whole = (
+        _attention_prefill.prefill(q, k, v, None, 0.25, True, reach=_attention_prefill.Reach(rows, columns, keys, 9))
+        for keys in (held[:, :29], held)
+    )
+    assert torch.equal(short, whole)
+
+
 @pytest.mark.parametrize("softcap", [0.5, 30.0])
 @pytest.mark.parametrize("kind", ["causal", "float32"])
 def test_softcap(kind, softcap):

@@ -15,7 +15,6 @@ from tinyfuse.graph.nodes import is_tensor, storage, value
 from tinyfuse.graph.rewrite import run_fake
 from tinyfuse.graph.share import VIEWS, written
 
-
 _OF_MASKS = (operator.and_, operator.le, operator.gt, torch.sub, torch.add, "new_ones")
 
 
