@@ -14,6 +14,7 @@ from transformers import DynamicCache, StaticCache
 from tests.graphs import Built
 from tests.models import WINDOW, build, prompt
 from tests.tolerance import LOGITS
+from tinyfuse.api import optimize
 from tinyfuse.graph.pattern import call, tensor
 from tinyfuse.patterns.causal_mask import positions
 from tinyfuse.runtime.forward import CACHE
@@ -175,6 +176,19 @@ def test_prompts_make_no_mask_and_equal_stock(name, cache, lowered):
     assert lowered
     for graph in lowered:
         assert not [name for rows in (PROMPT, MORE) for keys in lengths for name in masks(graph, rows, keys)]
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma3"])
+def test_prompts_of_generate_make_no_mask(name, lowered):
+    stock, _ = build(name)
+    fast = optimize(copy.deepcopy(stock))
+    for padding in ("none", "left"):
+        inputs = chunks(padding)[0]
+        assert torch.equal(*(m.generate(**inputs, max_new_tokens=9, do_sample=False) for m in (fast, stock)))
+    lengths = {slot.length for slot in fast._tinyfuse.pool.slots.values()} | {PROMPT}
+    prompts = [graph for graph in lowered if any(PROMPT in shape for node in graph.nodes for shape in sizes(node))]
+    assert prompts and not fast._tinyfuse.fallbacks
+    assert not [found for graph in prompts for keys in lengths for found in masks(graph, PROMPT, keys)]
 
 
 @torch.no_grad()

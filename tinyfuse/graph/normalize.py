@@ -47,6 +47,7 @@ _METHODS: dict[str, Callable] = {
     "chunk": torch.chunk, "split": torch.split, "expand": torch.Tensor.expand,
     "contiguous": torch.Tensor.contiguous, "repeat_interleave": torch.repeat_interleave,
     "masked_fill": torch.masked_fill, "clamp": torch.clamp, "index_copy_": torch.Tensor.index_copy_,
+    "le": operator.le, "gt": operator.gt,
 }  # fmt: skip
 _FUNCTIONS: dict[Callable, Callable] = {
     operator.add: torch.add, operator.sub: torch.sub, operator.mul: torch.mul, operator.truediv: torch.div,

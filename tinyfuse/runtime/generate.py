@@ -7,6 +7,7 @@ order.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import itertools
 import time
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, StaticCache
 from transformers.generation.configuration_utils import GenerationConfig, GenerationMode
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerationMixin
@@ -32,7 +33,7 @@ from tinyfuse.runtime.prompt import prefill
 from tinyfuse.runtime.recorded import Bound, wake
 from tinyfuse.runtime.step import Inputs, NotAdvanceable, Step, bind, block_rows, kind
 from tinyfuse.runtime.tail import Choice, Tail, choice
-from tinyfuse.runtime.window import in_rings
+from tinyfuse.runtime.window import MASK, in_rings
 
 LAG = 2  # tokens that the device may be ahead of the host's check for the end
 
@@ -353,21 +354,45 @@ def _prefill(
     if config.prefill_chunk_size is not None:
         config.disable_compile = True  # it is compiled already
         return model._prefill(input_ids, config, kwargs)
+    hooked, mask = runtime.hooked(), kwargs.get(MASK)
+    plain = mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)
+    if plain and not hooked and not hasattr(model, "create_masks_for_generate"):
+        outputs = _recorded(runtime, slot, _prepared(model, input_ids, kwargs, Unmasked), beside)
+        if not isinstance(outputs, str):
+            return outputs
+    inputs = _prepared(model, input_ids, kwargs, StaticCache)
+    outputs = None if hooked else _recorded(runtime, slot, inputs, beside)
+    if isinstance(outputs, str):
+        runtime.unrecorded(outputs)
+    return model(**inputs) if hooked or isinstance(outputs, str) else outputs
+
+
+class Unmasked(StaticCache):
+    """A static cache for which transformers prepares no mask [B, 1, S, L]: the forward makes its own of [B, S]."""
+
+    is_compileable = False
+
+
+def _prepared(model: Any, input_ids: Tensor, kwargs: dict[str, Any], kind: type[StaticCache]) -> dict[str, Any]:
+    """transformers' inputs for the prompt, as it would prepare them for a cache of that ``kind``."""
+    cache = kwargs[CACHE]
+    stand_in = copy.copy(cache)
+    stand_in.__class__ = kind
     try:
-        inputs = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **kwargs)
+        inputs = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **kwargs | {CACHE: stand_in})
     except Exception as error:
         raise NotPrepared(f"no inputs for a static cache: {type(error).__name__}: {error}") from error
-    inputs["return_dict"] = True
-    if runtime.hooked():
-        return model(**inputs)
+    inputs = {name: cache if value is stand_in else value for name, value in inputs.items()}
+    return inputs | {"return_dict": True}
+
+
+def _recorded(runtime, slot: Slot, inputs: dict[str, Any], beside: Callable[[Bound], None]) -> Any:
+    """What the recorded forward of the prompt returns, or why it is not recorded."""
     outputs = prefill(runtime, slot, inputs, beside)
     if outputs is not None:
         return outputs
     bound = runtime.recordings.bind(inputs, "prompt", beside=beside)
-    if isinstance(bound, str):
-        runtime.unrecorded(bound)
-        return model(**inputs)
-    return bound.result(bound.graph.run(*bound.graph.args))
+    return bound if isinstance(bound, str) else bound.result(bound.graph.run(*bound.graph.args))
 
 
 def _without_logits(outputs: ModelOutput) -> ModelOutput:

@@ -56,7 +56,7 @@ def _sequence_dims(inputs: dict[str, Any]) -> dict[str, int] | None:
         return None
     found = {}
     for name, value in tensors(inputs):
-        dim = 2 if name.partition(".")[0] == MASK else value.dim() - 1
+        dim = 2 if name.partition(".")[0] == MASK and value.dim() != 2 else value.dim() - 1
         if (dim == 2 and value.dim() != 4) or value.shape[dim] != ids.shape[1]:
             return None
         found[name] = dim
