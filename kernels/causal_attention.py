@@ -22,6 +22,7 @@ from tinyfuse.op import Kernel, register
 # Query rows for which the CPU makes a mask at a time. Measured on two cores: at 2048 causal tokens blocks of 64 to 512
 # rows take 0.6 of the time of one call under the whole mask, at 256 tokens those of 256 rows 1.1 times as long as 128.
 BLOCK = 128
+# Up to so many keys the few rows of a decode kernel are not worth a mask.
 FEW_KEYS = 1024
 
 
@@ -55,7 +56,8 @@ def prefills(
 ) -> str | None:  # fmt: skip
     if q.dtype == torch.float32:
         return "the prefill kernel computes on 16-bit tensor cores"
-    if q.shape[2] <= MAX_ROWS and k.shape[2] > FEW_KEYS:
+    sizes = q.shape[2], k.shape[2]
+    if all(isinstance(size, int) for size in sizes) and sizes[0] <= MAX_ROWS and sizes[1] > FEW_KEYS:
         return "a few rows over many keys are split along the keys"
     return attention.unsupported(q, k, v, None, scale, True)
 
@@ -65,6 +67,13 @@ def run_prefill(
     scale: float, softcap: float | None = None,
 ) -> Tensor:  # fmt: skip
     return prefill(q, k, v, None, scale, True, softcap=softcap, reach=Reach(rows, columns, keys, window))
+
+
+def supports_masked(
+    q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor, keys: Tensor | None, window: int | None,
+    scale: float, softcap: float | None = None,
+) -> str | None:  # fmt: skip
+    return attention.decodes(q, k, v, None, scale, False, softcap)
 
 
 def run_masked(
@@ -124,7 +133,7 @@ OP = register(
     fake=fake,
     kernels=[
         Kernel("prefill", "cuda", prefills, run_prefill),
-        Kernel("masked", "cuda", attention.decodes, run_masked),
+        Kernel("masked", "cuda", supports_masked, run_masked),
         Kernel("native", "cpu", supports_native, run_native),
         Kernel("blocks", "cpu", supports_blocks, run_blocks),
     ],

@@ -76,7 +76,7 @@ def test_to_dict_is_plain_json(llama: Report) -> None:
 
 def test_ops_are_counted_as_executed(llama: Report) -> None:
     # two layers, one prompt and one token
-    assert llama.executed["attention"] == llama.executed["rope_append_attention"] == 2
+    assert llama.executed["causal_attention"] == llama.executed["rope_append_attention"] == 2
     assert llama.executed["linear_group"] + llama.executed["rms_norm_linear_group"] == 4
 
 

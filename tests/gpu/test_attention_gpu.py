@@ -6,7 +6,7 @@ import torch
 
 from tests import row_ops
 from tests.tolerance import assert_as_exact_as_eager
-from tinyfuse.kernels import _attention_decode, _counters, _triton
+from tinyfuse.kernels import _attention_decode, _counters, _triton, causal_attention
 from tinyfuse.kernels._attention_decode import Plan, decode
 from tinyfuse.kernels._attention_prefill import prefill
 from tinyfuse.kernels.attention import OP, reference
@@ -99,6 +99,32 @@ def test_prefill(shape, kind):
     torch.manual_seed(0)
     B, H, _, Sq, Skv, _, _ = shape
     check(prefill, *make_inputs(shape), *make_mask(kind, B, H, Sq, Skv, torch.bfloat16))
+
+
+@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize("first", [0, 700])
+@pytest.mark.parametrize("padding", [None, "left", "right", "holes"])
+@pytest.mark.parametrize("shape", [*PREFILL, (2, 8, 2, 9, 2000, 128, 128), (1, 4, 4, 5, 800, 64, 64)])
+def test_prefill_by_positions(shape, padding, first, window):
+    """``first``: the position of the first query. A graph follows the positions and the padding."""
+    torch.manual_seed(0)
+    q, k, v = make_inputs(shape)
+    rows, columns = (torch.arange(n, device="cuda") for n in (q.shape[2], k.shape[2]))
+    held = {"left": columns >= 20, "right": columns < len(columns) - 20, "holes": columns % 7 > 0}
+    keys = None if padding is None else torch.stack([held[padding], columns >= 0]).repeat(len(q), 1)[1 : 1 + len(q)]
+    args = q, k, v, rows, columns, keys, window, q.shape[-1] ** -0.5
+    assert causal_attention.OP.choose(*args)[0].name == ("masked" if shape[3:5] == (9, 2000) else "prefill")
+    causal_attention.OP(*args)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = causal_attention.OP(*args)
+    rows += first
+    poison(q, v)
+    graph.replay()
+    eager = causal_attention.reference(*args)
+    exact = causal_attention.reference(q.double(), k.double(), v.double(), *args[3:])
+    assert_as_exact_as_eager("attention", out, eager, exact)
+    assert not causal_attention.OP.broken
 
 
 @pytest.mark.parametrize("softcap", [0.5, 30.0])
@@ -217,6 +243,8 @@ def test_opcheck(Sq):
     mask = torch.ones(Sq, 64, dtype=torch.bool, device="cuda").tril(64 - Sq)
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.tinyfuse.attention.default, (q, k, v, mask, 0.2, False), test_utils=tests)
+    by_position = (q, k, v, *(torch.arange(n, device="cuda") for n in (Sq, 64)), None, 9, 0.2)
+    torch.library.opcheck(torch.ops.tinyfuse.causal_attention.default, by_position, test_utils=tests)
     kernel, _ = OP.choose(q, k, v, mask, 0.2, False)
     assert kernel.name == ("decode" if Sq == 1 else "prefill") and not OP.broken
 
