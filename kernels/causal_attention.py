@@ -113,17 +113,14 @@ def run_blocks(
     scale: float, softcap: float | None = None,
 ) -> Tensor:  # fmt: skip
     """SDPA of a block of rows at a time over the keys in its reach."""
-    batch, heads, count, _ = q.shape
-    first, length = int(rows[0] - columns[0]), k.shape[2]
-    out = q.new_zeros(batch, count, heads, v.shape[3]).transpose(1, 2)
-    for start in range(0, count, BLOCK):
-        some = slice(start, min(start + BLOCK, count))
+    first, blocks = int(rows[0] - columns[0]), []
+    for start in range(0, q.shape[2], BLOCK):
+        some = slice(start, min(start + BLOCK, q.shape[2]))
         low = 0 if window is None else max(start + first + 1 - window, 0)
-        near = slice(low, min(some.stop + first, length))
-        if near.start < near.stop:
-            mask = visible(rows[some], columns[near], keys, window, batch)
-            out[:, :, some] = attention.flash(q[:, :, some], k[:, :, near], v[:, :, near], mask, scale, False)
-    return out
+        near = slice(low, max(min(some.stop + first, k.shape[2]), low))
+        mask = visible(rows[some], columns[near], keys, window, len(q))
+        blocks.append(attention.flash(q[:, :, some], k[:, :, near], v[:, :, near], mask, scale, False))
+    return blocks[0] if len(blocks) == 1 else torch.cat([block.transpose(1, 2) for block in blocks], 1).transpose(1, 2)
 
 
 OP = register(
