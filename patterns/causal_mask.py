@@ -11,9 +11,9 @@ import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-import tinyfuse.kernels.causal_attention  # noqa: F401
 from tinyfuse.graph.nodes import same_size, value
 from tinyfuse.graph.pattern import Check, Pattern, anything, call, one_of, scalar, tensor
+from tinyfuse.kernels.causal_attention import prefills
 
 ops = torch.ops.tinyfuse
 ALL = slice(None, None, None)
@@ -74,9 +74,10 @@ def padding_fits(m):
 
 
 def kernel_fits(m):
-    tensor = m.value("q")
-    small = all(isinstance(m.shape(n)[3], int) and 16 <= m.shape(n)[3] <= 256 for n in "qv")
-    return tensor.device.type != "cuda" or (small and tensor.dtype in (torch.bfloat16, torch.float16))
+    """Where each layer would make the mask, one for all is better. The CPU makes it in pieces."""
+    q, k, v = (m.value(name) for name in "qkv")
+    device = q.device.type
+    return device == "cpu" or (device == "cuda" and prefills(q, k, v, None, None, None, None, 1.0) is None)
 
 
 def fused(m):
@@ -93,7 +94,7 @@ positions = Pattern(
         Check(positions_fit, "the positions of its mask do not count on, one for each query and each key"),
         Check(padding_fits, "its padding is not a bool for each key of each sequence"),
         Check(lambda m: type(window := m.captures.get("window", 1)) is int and window > 0, "its window is no number"),
-        Check(kernel_fits, "its kernel takes 16-bit inputs with a head_dim of 16 to 256"),
+        Check(kernel_fits, "no kernel computes its mask: that takes 16-bit inputs with a head_dim of 16 to 256"),
     ),
     to=fused,
     example=lambda: {

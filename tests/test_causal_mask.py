@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import importlib
 import operator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from transformers import DynamicCache, StaticCache
 
 from tests.graphs import Built
@@ -16,7 +18,7 @@ from tests.models import WINDOW, build, prompt
 from tests.tolerance import LOGITS
 from tinyfuse.api import optimize
 from tinyfuse.graph.pattern import call, tensor
-from tinyfuse.patterns.causal_mask import positions
+from tinyfuse.patterns.causal_mask import kernel_fits, positions
 from tinyfuse.runtime.forward import CACHE
 
 ALL = slice(None)
@@ -176,6 +178,36 @@ def test_prompts_make_no_mask_and_equal_stock(name, cache, lowered):
     assert lowered
     for graph in lowered:
         assert not [name for rows in (PROMPT, MORE) for keys in lengths for name in masks(graph, rows, keys)]
+
+
+@torch.no_grad()
+def test_replayed_kernels_follow_the_positions():
+    """On the CPU the kernels of short prompts of one shape are replayed from their recorded arguments."""
+    stock, _ = build("llama")
+    forward = torch.compile(copy.deepcopy(stock), backend="tinyfuse", dynamic=False)
+    given, inputs = [{CACHE: StaticCache(stock.config, max_cache_len=40)} for _ in range(2)], prompt(40)
+    inputs["attention_mask"][0, 5:7] = 0
+    for first in range(0, 40, 4):
+        inputs["input_ids"] = prompt(40)["input_ids"][:, first : first + 4]
+        fast, right = (run(**inputs, **held) for run, held in zip((forward, stock), given, strict=True))
+        torch.testing.assert_close(fast.logits, right.logits, rtol=LOGITS, atol=LOGITS)
+
+
+@pytest.mark.parametrize(
+    "dtype, queries, keys, width, computed",
+    [
+        (torch.bfloat16, 50, 50, 64, True),
+        (torch.bfloat16, 5, 40, 64, True),
+        (torch.bfloat16, 5, 4000, 64, False),
+        (torch.float16, 50, 50, 300, False),
+        (torch.float32, 50, 50, 64, False),
+    ],
+)
+def test_a_gpu_without_a_kernel_for_it_has_one_mask_for_all_layers(dtype, queries, keys, width, computed):
+    with FakeTensorMode():
+        sizes = {"q": queries, "k": keys, "v": keys}
+        made = {name: torch.empty(1, 4, n, width, dtype=dtype, device="cuda") for name, n in sizes.items()}
+    assert kernel_fits(SimpleNamespace(value=made.get)) == computed
 
 
 @pytest.mark.parametrize("name", ["mistral", "gemma3"])

@@ -107,7 +107,7 @@ def writes(node: Node) -> list[Node]:
         written = node.args[:1]
     if isinstance(node.kwargs.get("out"), Node):
         written = [*written, node.kwargs["out"]]
-    return [w for w in tree_leaves(written) if is_tensor(w)]
+    return [w for w in tree_leaves(written) if is_tensor(w)] if written else []
 
 
 def _overload(target: Any) -> torch._ops.OpOverload | None:

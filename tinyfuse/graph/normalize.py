@@ -252,10 +252,16 @@ def _become(node: Node, target: Callable, args: tuple) -> None:
     node.op, node.target, node.args, node.kwargs = "call_function", target, args, {}
 
 
-def _is_true(node: Any) -> bool:
-    """Whether ``node`` is one bool, made as True for its only user."""
-    made = is_tensor(node) and node.target == "new_ones" and len(node.users) == 1
-    return made and value(node).dim() == 0 and value(node).dtype is torch.bool
+_COMPARISONS = (operator.le, operator.gt, operator.and_)
+
+
+def _is_true_and(node: Node) -> bool:
+    """Whether ``node`` is the one use of a comparison, whose memory is its own, and of one bool made as True."""
+    if node.target is not operator.and_ or not all(is_tensor(a) and len(a.users) == 1 for a in node.args):
+        return False
+    true, other = node.args
+    made = true.target == "new_ones" and value(true).dim() == 0 and value(true).dtype is torch.bool
+    return made and other.target in _COMPARISONS and value(other).dtype is torch.bool
 
 
 def _same_as(node: Node) -> Node | None:
@@ -264,8 +270,8 @@ def _same_as(node: Node) -> Node | None:
         bound = dict(zip(("input", "p", "training"), node.args, strict=False)) | node.kwargs
         idle = bound.get("training", True) is False or bound.get("p", 0.5) == 0.0
         return bound["input"] if idle else None
-    if node.target is operator.and_ and _is_true(node.args[0]) and is_tensor(node.args[1]):
-        return node.args[1] if value(node.args[1]).dtype is torch.bool else None
+    if _is_true_and(node):
+        return node.args[1]
     source = node.args[0] if node.args else None
     if not is_tensor(source) or not is_tensor(node):
         return None
