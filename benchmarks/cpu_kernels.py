@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import time
 from collections.abc import Callable
 from itertools import cycle
@@ -16,7 +15,17 @@ from itertools import cycle
 import torch
 import torch.nn.functional as F
 
-from tinyfuse.kernels import add_rms_norm, attention, gated_linear, linear, linear_group, rms_norm, rope_append
+from tinyfuse.bench.environment import environment
+from tinyfuse.kernels import (
+    add_rms_norm,
+    attention,
+    causal_attention,
+    gated_linear,
+    linear,
+    linear_group,
+    rms_norm,
+    rope_append,
+)
 
 DTYPE = torch.bfloat16
 COLD_BYTES = 128 << 20
@@ -85,20 +94,29 @@ def bench_layer(cached: int, length: int) -> list[dict]:
     return [{"op": name, "us": microseconds(call), "bytes": size} for name, (call, size) in ops.items()]
 
 
+def bench_prompt(tokens: int) -> dict:
+    """A prompt's attention by positions; torch's: SDPA under the mask, with repeated heads."""
+    q, k = (torch.randn(1, heads, tokens, 64).to(DTYPE) for heads in (9, 3))
+    at, held = torch.arange(tokens), torch.ones(1, tokens, dtype=torch.bool)
+    mask = causal_attention.visible(at, at, held, None, 1)
+    ours = microseconds(lambda: causal_attention.OP(q, k, k, at, at, held, None, 0.125))
+    stock = microseconds(lambda: F.scaled_dot_product_attention(q, *[k.repeat_interleave(3, 1)] * 2, mask, scale=0.125))
+    return {"op": f"attention of {tokens} tokens", "us": ours, "bytes": q.nbytes + 2 * k.nbytes, "torch_us": stock}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
-    rows = [row for N, K in [*SMOLLM2, (4096, 4096)] for M in (1, 4, 16) for row in bench_linear(N, K, M)]
-    rows += bench_layer(200, 1024)
+    rows = [row for N, K in [*SMOLLM2, (4096, 4096)] for M in (1, 4, 16, 64, 256) for row in bench_linear(N, K, M)]
+    rows += [*bench_layer(200, 1024), *map(bench_prompt, (64, 512, 2048))]
     for row in rows:
         row["gb_s"] = row["bytes"] / row["us"] / 1e3
         speedup = f"{row['torch_us'] / row['us']:6.2f}x torch" if "torch_us" in row else ""
         print(f"{row['op']:32s} {row['us']:10.1f} us {row['gb_s']:7.1f} GB/s {speedup}")
     if args.json:
         with open(args.json, "w") as file:
-            environment = {"torch": torch.__version__, "cpu": platform.processor(), "threads": torch.get_num_threads()}
-            json.dump({"environment": environment, "rows": rows}, file, indent=1)
+            json.dump({"environment": environment("cpu"), "rows": rows}, file, indent=1)
 
 
 if __name__ == "__main__":

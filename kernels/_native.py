@@ -299,9 +299,10 @@ def _has_bf16_units() -> bool:
         return False
 
 
-# Rows of x from which torch's linear on weights of x's dtype is the faster one. Measured at 576x1536, 1536x576 and
-# 4096x4096: fp32 1.0 to 1.25 times as fast from 32 rows on; 16-bit without such units is 3 to 8 times slower.
-_MANY = {torch.float32: 32, torch.bfloat16: 32 if _has_bf16_units() else 1 << 62}
+# Rows of x from which torch's linear on weights of x's dtype is the faster one. Measured at 576x576 to 4096x4096: fp32
+# 1.0 to 1.25 times as fast from 32 rows on; bf16 with such units 1.0 to 1.4 times at 8 rows, where small models would
+# lose their replayed steps, and 1.2 to 1.9 at 12; 16-bit without such units is 3 to 8 times slower.
+_MANY = {torch.float32: 32, torch.bfloat16: 12 if _has_bf16_units() else 1 << 62}
 # And from which it is on int8 weights that are expanded first. Measured at 576x576 to 4096x4096 on one thread: in fp32
 # 0.92 to 1.01 of the int8 kernel's time at 128 and 256 rows; in bf16 with such units 0.9 at 32 rows, 0.4 at 256.
 _EXPANDED = {torch.float32: 128, torch.bfloat16: 32 if _has_bf16_units() else 1 << 62}
