@@ -356,7 +356,10 @@ def _prefill(
         return model._prefill(input_ids, config, kwargs)
     hooked, mask = runtime.hooked(), kwargs.get(MASK)
     plain = mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)
-    if plain and not hooked and not hasattr(model, "create_masks_for_generate"):
+    plain = plain and not hooked and not hasattr(model, "create_masks_for_generate")
+    if plain and runtime.prepares is None:
+        runtime.prepares = _prepares(model, input_ids, kwargs)
+    if plain and runtime.prepares:
         outputs = _recorded(runtime, slot, _prepared(model, input_ids, kwargs, Unmasked), beside)
         if not isinstance(outputs, str):
             return outputs
@@ -371,6 +374,15 @@ class Unmasked(StaticCache):
     """A static cache for which transformers prepares no mask [B, 1, S, L]: the forward makes its own of [B, S]."""
 
     is_compileable = False
+
+
+def _prepares(model: Any, input_ids: Tensor, kwargs: dict[str, Any]) -> bool:
+    """Whether transformers prepares a token for a static cache, as it will after the prompt, when it is too late."""
+    try:
+        _prepared(model, input_ids[:, :1], kwargs, StaticCache)
+    except NotPrepared:
+        return False
+    return True
 
 
 def _prepared(model: Any, input_ids: Tensor, kwargs: dict[str, Any], kind: type[StaticCache]) -> dict[str, Any]:

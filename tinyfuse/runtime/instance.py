@@ -31,6 +31,7 @@ class Runtime:
         self.fallbacks: list[str] = []
         self.verified: set[Any] = set()
         self.unfollowed: set[Any] = set()
+        self.prepares: bool | None = None  # transformers prepares tokens for a static cache; None: not known yet
         self.lock = threading.RLock()
         self.depth = 0
 
