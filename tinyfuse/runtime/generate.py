@@ -354,20 +354,23 @@ def _prefill(
     if config.prefill_chunk_size is not None:
         config.disable_compile = True  # it is compiled already
         return model._prefill(input_ids, config, kwargs)
-    hooked, mask = runtime.hooked(), kwargs.get(MASK)
+    if runtime.hooked():
+        return model(**_prepared(model, input_ids, kwargs, StaticCache))
+    mask = kwargs.get(MASK)
     plain = mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)
-    plain = plain and not hooked and not hasattr(model, "create_masks_for_generate")
-    if plain and runtime.prepares is None:
-        runtime.prepares = _prepares(model, input_ids, kwargs)
-    if plain and runtime.prepares:
-        outputs = _recorded(runtime, slot, _prepared(model, input_ids, kwargs, Unmasked), beside)
-        if not isinstance(outputs, str):
-            return outputs
+    if plain and not hasattr(model, "create_masks_for_generate"):
+        if runtime.prepares is None:
+            runtime.prepares = _prepares(model, input_ids, kwargs)
+        if runtime.prepares:
+            outputs = _recorded(runtime, slot, _prepared(model, input_ids, kwargs, Unmasked), beside)
+            if not isinstance(outputs, str):
+                return outputs
     inputs = _prepared(model, input_ids, kwargs, StaticCache)
-    outputs = None if hooked else _recorded(runtime, slot, inputs, beside)
+    outputs = _recorded(runtime, slot, inputs, beside)
     if isinstance(outputs, str):
         runtime.unrecorded(outputs)
-    return model(**inputs) if hooked or isinstance(outputs, str) else outputs
+        return model(**inputs)
+    return outputs
 
 
 class Unmasked(StaticCache):
