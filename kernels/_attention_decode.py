@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tinyfuse.kernels._counters import counters
+from tinyfuse.kernels._counters import counters, is_last
 from tinyfuse.kernels._triton import jit, pdl, start, tl, triton
 from tinyfuse.kernels.rope import table_strides
 
@@ -140,8 +140,7 @@ def _merge_if_last(
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """``ROWS`` from ``first_row`` on, in the last of the ``splits`` programs that add to ``counter``."""
-    tl.debug_barrier()  # one thread adds, for the stores of all
-    if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") % splits == splits - 1:
+    if is_last(counter, splits):
         r = first_row + tl.arange(0, ROWS)[None, :, None]
         row = (b * Sq + r % Sq) * H + kv_head * GROUP + r // Sq
         _merge(out, partial, stats, row, r < GROUP * Sq, splits, DV, BLOCK_DV, STEPS)

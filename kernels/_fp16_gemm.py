@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tinyfuse.kernels import _gemv
-from tinyfuse.kernels._counters import counters
+from tinyfuse.kernels._counters import counters, is_last, sum_shares
 from tinyfuse.kernels._gemm import store, tile_of
 from tinyfuse.kernels._gemv import rows
 from tinyfuse.kernels._triton import Launch, interpreted, jit, pdl, tl, triton
@@ -85,13 +85,10 @@ def _fp16_gemm(
         parts += tile_of_y.to(tl.int64) * (BLOCK_N * BLOCK_M) + inside
         step = tl.num_programs(0).to(tl.int64) * (BLOCK_N * BLOCK_M)
         tl.store(parts + part * step, total)
-        tl.debug_barrier()  # one thread adds, for the stores of all
-        last = tl.atomic_add(counters + tile_of_y, 1, sem="acq_rel", scope="gpu") % PARTS == PARTS - 1
+        last = is_last(counters + tile_of_y, PARTS)
     if last:
-        if PARTS > 1:  # past L1 (.cg), which does not see what other programs of the same launch have written
-            total = tl.load(parts, cache_modifier=".cg")
-            for other in tl.static_range(1, PARTS):
-                total += tl.load(parts + other * step, cache_modifier=".cg")
+        if PARTS > 1:
+            total = sum_shares(parts, step, PARTS)
         if bias is not None:
             total += offset[:, None]
         store(total, residual, residual_stride, y, m, first, M, N)

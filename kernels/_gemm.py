@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tinyfuse.kernels import _gemv
+from tinyfuse.kernels._counters import is_last, sum_shares
 from tinyfuse.kernels._gemv import pick, rows, three
 from tinyfuse.kernels._triton import Launch, jit, pdl, tl, triton
 from tinyfuse.kernels.gated_act import activate
@@ -118,14 +119,11 @@ def _gemm(
         step = tl.num_programs(0).to(tl.int64) * (BLOCK_N * BLOCK_M)
         tl.store(parts + part * step, total)
         counter = (x_scale + M + tl.program_id(0)).to(tl.pointer_type(tl.int32))
-        tl.debug_barrier()  # one thread adds, for the stores of all
-        last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == PARTS - 1
+        last = is_last(counter, PARTS)
     m = first + tl.arange(0, BLOCK_M)
     if last:
-        if PARTS > 1:  # past L1 (.cg), which does not see what other programs of the same launch have written
-            total = tl.load(parts, cache_modifier=".cg")
-            for other in tl.static_range(1, PARTS):
-                total += tl.load(parts + other * step, cache_modifier=".cg")
+        if PARTS > 1:
+            total = sum_shares(parts, step, PARTS)
         total *= scale[:, None] * tl.load(x_scale + m, mask=m < M, other=0.0)[None, :]
         if b0 is not None:
             total += bias[:, None]
