@@ -44,6 +44,13 @@ def close(a, b):
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+def test_what_quantize_leaves_alone_is_logged(caplog):
+    with caplog.at_level(logging.INFO, "tinyfuse"):
+        model = optimize(LlamaForCausalLM(LlamaConfig(**TINY, tie_word_embeddings=True)).eval(), quantize="int8")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert "left alone: lm_head: its weight is tied to model.embed_tokens" in caplog.text
+
+
 def test_forward_gives_what_it_gave(model):
     with torch.no_grad():
         for length in (9, 5, 7):

@@ -40,16 +40,17 @@ def assert_same(loaded, model):
 def saved(tmp_path):
     """An int8 model with a tied head, and the folder that it was saved in."""
     model = build("llama-tied")
-    quantize_(model, filter_fn=lambda module, name: "o_proj" not in name)
+    quantize_(model, tied_heads=True, filter_fn=lambda module, name: "o_proj" not in name)
     model.save_pretrained(tmp_path)
     return model, tmp_path
 
 
+@pytest.mark.parametrize("tied_heads", [False, True])
 @pytest.mark.parametrize("name", ["llama-tied", "llama", "gpt2", "gemma3", "mixtral", "gpt-oss"])
-def test_a_saved_model_comes_back_bit_for_bit(name, tmp_path):
+def test_a_saved_model_comes_back_bit_for_bit(name, tied_heads, tmp_path):
     model = build(name)
     before = model.get_memory_footprint()
-    quantize_(model)
+    quantize_(model, tied_heads=tied_heads)
     model.save_pretrained(tmp_path / "a", max_shard_size="50KB")
     assert len(list((tmp_path / "a").glob("*.safetensors"))) > 1
     assert sum(file.stat().st_size for file in (tmp_path / "a").glob("*.safetensors")) < 0.8 * before

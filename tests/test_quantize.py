@@ -71,7 +71,7 @@ def float_copy(quantized: nn.Module, original: nn.Module) -> nn.Module:
 def test_output_is_that_of_the_dequantised_weights(name):
     original = build(name)
     quantized = copy.deepcopy(original)
-    report = quantize_(quantized)
+    report = quantize_(quantized, tied_heads=True)
     assert report.modules
     exact = logits(float_copy(quantized, original.double()))
     eager_error = (logits(float_copy(quantized, build(name))) - exact).abs().max()
@@ -82,7 +82,7 @@ def test_output_is_that_of_the_dequantised_weights(name):
 def test_every_linear_is_converted_or_reported(name):
     model = build(name, torch.bfloat16)
     linears = {n for n, m in model.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"}
-    report = quantize_(model)
+    report = quantize_(model, tied_heads=True)
     converted = {m.name for m in report.modules if m.kind not in ("Embedding", "Experts")}
     assert converted == {n for n, m in model.named_modules() if isinstance(m, Int8Linear)}
     assert converted | {n for n, _ in report.skipped} >= linears
@@ -144,7 +144,7 @@ def test_conv1d_equals_its_transposed_linear():
 
 def test_dtype_conversions_leave_int8_and_scale():
     model = quantized = build("llama-tied", torch.bfloat16)
-    quantize_(quantized)
+    quantize_(quantized, tied_heads=True)
     scale = model.lm_head.weight_scale.clone()
     for convert in (nn.Module.half, nn.Module.double, lambda m: m.type(torch.float32), nn.Module.bfloat16):
         convert(model)
@@ -156,7 +156,7 @@ def test_dtype_conversions_leave_int8_and_scale():
 
 def test_moves_to_another_device():
     model = build("llama-tied")
-    quantize_(model)
+    quantize_(model, tied_heads=True)
     model.to("meta")
     assert all(tensor.device.type == "meta" for tensor in [*model.parameters(), *model.buffers()])
     assert model.model.embed_tokens(IDS.to("meta")).shape == (2, 9, 64)
@@ -170,7 +170,7 @@ def assert_tied(model):
 
 def test_tied_head_stays_tied():
     model = build("llama-tied", torch.bfloat16)
-    report = quantize_(model)
+    report = quantize_(model, tied_heads=True)
     assert_tied(model)
     before = logits(model)
     model.tie_weights()
@@ -182,7 +182,7 @@ def test_tied_head_stays_tied():
 
 def test_tie_weights_restores_a_broken_tie():
     model = build("llama-tied")
-    quantize_(model)
+    quantize_(model, tied_heads=True)
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone(), requires_grad=False)
     model.lm_head.weight_scale = model.lm_head.weight_scale.clone()
     model.tie_weights()
@@ -191,7 +191,7 @@ def test_tie_weights_restores_a_broken_tie():
 
 def test_save_pretrained_writes_a_tied_table_once(tmp_path):
     model = build("llama-tied", torch.bfloat16)
-    quantize_(model)
+    quantize_(model, tied_heads=True)
     model.save_pretrained(tmp_path)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         names = set(file.keys())
@@ -199,9 +199,21 @@ def test_save_pretrained_writes_a_tied_table_once(tmp_path):
     assert not any(name.startswith("lm_head") for name in names)
 
 
+@pytest.mark.parametrize("name", ["llama-tied", "gpt2", "opt", "gemma3"])
+def test_tied_heads_are_left_alone_by_default_and_converted_later(name):
+    model = build(name)
+    report = quantize_(model)
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    assert head.weight is table.weight and head.weight.dtype == torch.float32
+    assert "tied_heads=True converts both" in dict(report.skipped)["lm_head"]
+    assert quantize_(model).modules == []
+    assert [m.name for m in quantize_(model, tied_heads=True).modules][-1] == "lm_head"
+    assert_tied(model)
+
+
 def test_tied_head_left_out_keeps_its_embedding():
     model = build("llama-tied")
-    report = quantize_(model, filter_fn=lambda module, name: name != "lm_head")
+    report = quantize_(model, tied_heads=True, filter_fn=lambda module, name: name != "lm_head")
     assert model.lm_head.weight is model.model.embed_tokens.weight and model.lm_head.weight.is_floating_point()
     assert ("lm_head", "filter_fn leaves it out") in report.skipped
 
@@ -215,7 +227,7 @@ def test_head_tied_to_an_unknown_embedding_is_left_alone():
     table = Shifted(131, 64)
     model.set_input_embeddings(table)
     model.tie_weights()
-    report = quantize_(model)
+    report = quantize_(model, tied_heads=True)
     assert type(model.model.embed_tokens) is Shifted and model.lm_head.weight is table.weight
     assert "Shifted, which does more than look up rows" in dict(report.skipped)["lm_head"]
 
@@ -230,7 +242,7 @@ def test_linears_that_share_a_weight_still_share_it():
 
 def test_resizing_a_quantised_table_is_refused():
     model = build("llama-tied")
-    quantize_(model)
+    quantize_(model, tied_heads=True)
     with pytest.raises(TypeError, match="Int8Embedding"):
         model.resize_token_embeddings(256)
 
@@ -375,16 +387,17 @@ def test_filter_fn_selects():
 
 def test_second_call_changes_nothing_and_says_so():
     model = build("llama-tied")
-    first = quantize_(model)
+    first = quantize_(model, tied_heads=True)
     before = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
-    second = quantize_(model)
+    second = quantize_(model, tied_heads=True)
     assert not second.modules and second.bytes_before == second.bytes_after == first.bytes_after
     assert "nothing to quantise" in str(second) and "it is int8 already" in str(second)
     assert before == {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
 
 
 def test_report_reads_and_serialises():
-    report = quantize_(build("llama-tied", torch.bfloat16), filter_fn=lambda module, name: "q_proj" not in name)
+    model = build("llama-tied", torch.bfloat16)
+    report = quantize_(model, tied_heads=True, filter_fn=lambda module, name: "q_proj" not in name)
     text = str(report)
     assert text.startswith("int8: 13 Linear, 1 Embedding; 0.1 MB -> ")
     assert "left alone: model.layers.0.self_attn.q_proj and 1 more: filter_fn leaves it out" in text
@@ -400,7 +413,7 @@ def test_refusal_of_nan_and_inf_leaves_the_model_as_it_was(bad):
     modules = {name: type(module) for name, module in model.named_modules()}
     before = {name: (tensor.data_ptr(), tensor.clone()) for name, tensor in model.state_dict().items()}
     with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.down_proj\.weight contains NaN or Inf"):
-        quantize_(model)
+        quantize_(model, tied_heads=True)
     assert modules == {name: type(module) for name, module in model.named_modules()}
     for name, tensor in model.state_dict().items():
         assert tensor.data_ptr() == before[name][0]
@@ -451,11 +464,11 @@ def test_no_float_copy_of_a_whole_weight(monkeypatch):
 
 def test_state_dict_round_trip_through_safetensors(tmp_path):
     model = build("gpt2", torch.bfloat16)
-    quantize_(model)
+    quantize_(model, tied_heads=True)
     save_model(model, tmp_path / "model.safetensors")
     torch.manual_seed(5)
     fresh = transformers.AutoModelForCausalLM.from_config(CONFIGS["gpt2"]()).bfloat16().eval()
-    quantize_(fresh)
+    quantize_(fresh, tied_heads=True)
     load_model(fresh, tmp_path / "model.safetensors")
     assert torch.equal(logits(fresh), logits(model))
     assert_tied(fresh)
@@ -481,7 +494,7 @@ def test_empty_modules_take_a_saved_state():
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies_are_equal_and_tied(clone):
     model = build("llama-tied", torch.bfloat16)
-    quantize_(model)
+    quantize_(model, tied_heads=True)
     twin = clone(model)
     assert_tied(twin)
     assert twin.lm_head.weight.data_ptr() != model.lm_head.weight.data_ptr()
@@ -552,7 +565,7 @@ def test_float_linear_op_has_all_gradients():
 
 def test_compiles_without_a_break():
     model = build("llama-tied")
-    quantize_(model)
+    quantize_(model, tied_heads=True)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     assert torch.equal(logits(compiled), logits(model))
 
@@ -578,8 +591,8 @@ def test_autocast_computes_in_its_dtype():
 @pytest.mark.gpu
 def test_cuda_gives_the_same_bytes():
     on_cpu, on_gpu = build("llama-tied", torch.bfloat16), build("llama-tied", torch.bfloat16).cuda()
-    quantize_(on_cpu)
-    quantize_(on_gpu)
+    quantize_(on_cpu, tied_heads=True)
+    quantize_(on_gpu, tied_heads=True)
     for name, tensor in on_cpu.state_dict().items():
         assert torch.equal(tensor, on_gpu.state_dict()[name].cpu()), name
     assert_tied(on_gpu)

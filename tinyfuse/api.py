@@ -44,7 +44,7 @@ def optimize(model: nn.Module, quantize: str | None = None, *, fallback: str = "
         return model
     if quantize is not None:
         restore(model)  # what was compiled for the float weights
-        quantize_(model, quantize)
+        log.info("%s", quantize_(model, quantize))
     runtime = vars(model).get(ATTRIBUTE)
     if runtime is None:
         own = {name: vars(model)[name] for name in ("forward", "generate") if name in vars(model)}

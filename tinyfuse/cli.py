@@ -65,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     quantize = _command(commands, "quantize", _quantize, "write an int8 copy of a model")
     quantize.add_argument("model", metavar="MODEL", help="a folder, a .gguf file or a Hub id")
     quantize.add_argument("out", metavar="OUT", type=Path, help="the folder to write")
+    quantize.add_argument("--tied-heads", action="store_true", help="also a head and the embedding it is tied to")
     _add_place(quantize)
 
     _command(commands, "doctor", _doctor, "check this machine and the installation")
@@ -182,7 +183,7 @@ def _quantize(arguments: argparse.Namespace) -> int:
         progress.step("loading the model", 3)
         loaded = models.load(arguments.model, None, models.DTYPES[arguments.dtype], device)
         progress.step("quantising it", 3)
-        report = quantize_(loaded.model, "int8")
+        report = quantize_(loaded.model, "int8", tied_heads=arguments.tied_heads)
         progress.step("writing it", 3)
         loaded.model.save_pretrained(out)
         if loaded.tokenizer is not None:

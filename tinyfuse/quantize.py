@@ -186,16 +186,20 @@ class QuantizeReport:
 
 @torch.no_grad()
 def quantize_(
-    model: nn.Module, scheme: str = "int8", filter_fn: Callable[[nn.Module, str], bool] | None = None
+    model: nn.Module,
+    scheme: str = "int8",
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    *,
+    tied_heads: bool = False,
 ) -> QuantizeReport:
     """Convert the linear weights of ``model`` to int8 in place, on whatever device each of them is.
 
-    Taken are ``nn.Linear`` and transformers' ``Conv1D``, the output head included, and the 3-D weights of experts that
-    follow transformers' experts interface; an embedding is converted only together with a head that is tied to it, and
-    they stay tied. Left in high precision are mixture-of-experts routers, adapters, layers narrower than 32, subclasses
-    of ``nn.Linear`` and layers whose weight other code reads; the report gives the reason for each.
-    ``filter_fn(module, name)`` narrows the choice: only linears and modules of experts for which it is true are
-    converted.
+    Taken are ``nn.Linear`` and transformers' ``Conv1D``, an output head of its own included, and the 3-D weights of
+    experts that follow transformers' experts interface. Left in high precision are heads tied to the embedding,
+    mixture-of-experts routers, adapters, layers narrower than 32, subclasses of ``nn.Linear`` and layers whose weight
+    other code reads; the report gives the reason for each. ``tied_heads`` converts tied heads and their embeddings too,
+    which stay tied. ``filter_fn(module, name)`` narrows the choice: only linears and modules of experts for which it is
+    true are converted.
 
     Run plainly, without ``optimize`` or the backend, a model's own code is given its experts dequantised: the chosen
     ones under the experts implementations "eager" and "batched_mm", all of a layer, which is slow, under "grouped_mm".
@@ -211,7 +215,7 @@ def quantize_(
     if scheme not in SCHEMES:
         raise ValueError(f"unknown scheme {scheme!r}; valid schemes: {', '.join(SCHEMES)}")
     report = QuantizeReport(scheme, bytes_before=_bytes(model))
-    groups = _choose(model, filter_fn, report.skipped)
+    groups = _choose(model, filter_fn, tied_heads, report.skipped)
     stacks = _choose_experts(model, filter_fn, report.skipped)
     scales = [_scale(f"{name}.weight", module.weight, 0 if _is_conv1d(module) else 1) for (name, module), *_ in groups]
     stack_scales = [_experts_scales(*stack) for stack in stacks]
@@ -292,7 +296,7 @@ def _be_saved_as_int8(model: nn.Module) -> None:
 Group = list[tuple[str, nn.Module]]  # the modules that share one weight, by name
 
 
-def _choose(model: nn.Module, filter_fn, skipped: list[tuple[str, str]]) -> list[Group]:
+def _choose(model: nn.Module, filter_fn, tied_heads: bool, skipped: list[tuple[str, str]]) -> list[Group]:
     """Group the modules to convert by weight; ``skipped`` receives (name, reason) of the linears that are not."""
     owners: dict[int, Group] = {}
     reasons: dict[nn.Module, str | None] = {}
@@ -310,7 +314,7 @@ def _choose(model: nn.Module, filter_fn, skipped: list[tuple[str, str]]) -> list
         if module not in reasons:
             continue
         weight = module._parameters.get("weight")
-        reason = reasons[module] or _why_not_shared(model, owners[id(weight)], reasons)
+        reason = reasons[module] or _why_not_shared(model, owners[id(weight)], reasons, tied_heads)
         if reason is None:
             chosen[id(weight)] = owners[id(weight)]
         else:
@@ -318,10 +322,14 @@ def _choose(model: nn.Module, filter_fn, skipped: list[tuple[str, str]]) -> list
     return list(chosen.values())
 
 
-def _why_not_shared(model: nn.Module, group: Group, reasons: dict[nn.Module, str | None]) -> str | None:
+def _why_not_shared(
+    model: nn.Module, group: Group, reasons: dict[nn.Module, str | None], tied_heads: bool
+) -> str | None:
     """All modules that share a weight are converted, or none."""
     for name, module in group:
         if isinstance(module, nn.Embedding):
+            if not tied_heads:
+                return f"its weight is tied to {name}: tied_heads=True converts both"
             reason = _why_not_embedding(model, name, module)
         else:
             reason = reasons.get(module, f"it is a {type(module).__name__}")

@@ -102,7 +102,7 @@ def check_generate(model: PreTrainedModel, result: Result) -> None:
 
 def check_int8(model: PreTrainedModel, result: Result) -> None:
     plain = copy.deepcopy(model)
-    quantize_(plain, "int8")
+    quantize_(plain, "int8", tied_heads=True)
     same(result, "int8", greedy, plain, optimize(copy.deepcopy(plain)), 0, tokens_differ)
 
 
