@@ -412,6 +412,28 @@ def rows(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
+def step_counters(counters: Sequence[torch.Tensor], rings: Sequence[int]) -> torch.Tensor:
+    """The ``counters`` (int64 [] each), modulo ``rings[i]`` where that is not 0, as int64 [count, 1]; then adds 1."""
+    positions = torch.empty((len(counters), 1), dtype=torch.int64)
+    layers = [field for counter, ring in zip(counters, rings, strict=True) for field in (counter.data_ptr(), ring)]
+    call("tf_step_counters", packer(f"{2 + len(layers)}q")(positions.data_ptr(), len(counters), *layers))
+    return positions
+
+
+_pack_tables = packer("11qd")
+
+
+def rope_tables(
+    positions: torch.Tensor, frequencies: torch.Tensor, scale: float, cos: torch.Tensor, sin: torch.Tensor
+) -> None:
+    """Fill the contiguous ``cos`` and ``sin`` [B, S, 2 half] of ``positions`` int32 or int64 [B, S] and
+    ``frequencies`` fp32 [half]."""
+    pointers = positions.data_ptr(), frequencies.data_ptr(), cos.data_ptr(), sin.data_ptr()
+    narrow, half = positions.dtype == torch.int32, frequencies.shape[0]
+    sizes = *positions.shape, *positions.stride(), narrow, half, DTYPES[cos.dtype]
+    call("tf_rope_tables", _pack_tables(*pointers, *sizes, scale))
+
+
 _pack_rope = packer("43q")
 NO_VIEW = (0, 0, 0, 0)
 

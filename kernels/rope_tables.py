@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinyfuse.kernels import _triton
+from tinyfuse.kernels import _native, _triton
 from tinyfuse.kernels._triton import Launch, interpreted, jit, pdl, tl, triton
 from tinyfuse.op import Kernel, register
 
 MAX_HALF = 1024
+FEW = 16  # tokens up to which one core makes the tables as fast as torch, whose vectors then take over
 
 
 def reference(positions: Tensor, frequencies: Tensor, scale: float, dtype: torch.dtype) -> list[Tensor]:
@@ -28,6 +29,36 @@ def reference(positions: Tensor, frequencies: Tensor, scale: float, dtype: torch
 def fake(positions: Tensor, frequencies: Tensor, scale: float, dtype: torch.dtype) -> list[Tensor]:
     shape = *positions.shape, 2 * frequencies.shape[0]
     return [frequencies.new_empty(shape, dtype=dtype) for _ in range(2)]
+
+
+def _not_tables(positions: Tensor, frequencies: Tensor) -> str | None:
+    if positions.dim() != 2 or positions.dtype not in (torch.int32, torch.int64) or positions.numel() == 0:
+        return "the rotary positions are not integers [batch, tokens]"
+    if frequencies.dtype is not torch.float32 or frequencies.dim() != 1 or frequencies.stride(0) != 1:
+        return "the rotary frequencies are not one fp32 row"
+    if frequencies.shape[0] > MAX_HALF:
+        return f"the rotary kernel takes at most {MAX_HALF} frequencies"
+    return None
+
+
+# --- CPU ---
+
+
+def supports_native(positions: Tensor, frequencies: Tensor, scale: float, dtype: torch.dtype) -> str | None:
+    if reason := _not_tables(positions, frequencies):
+        return reason
+    if positions.numel() > FEW or dtype not in _native.FLOATING:
+        return f"the CPU makes rotary tables of up to {FEW} tokens in floating dtypes"
+    return _native.reason(frequencies)
+
+
+def run_native(positions: Tensor, frequencies: Tensor, scale: float, dtype: torch.dtype) -> list[Tensor]:
+    cos, sin = fake(positions, frequencies, scale, dtype)
+    _native.rope_tables(positions, frequencies, scale, cos, sin)
+    return [cos, sin]
+
+
+# --- GPU ---
 
 
 @jit(do_not_specialize=["S", "stride_b", "stride_s"])
@@ -65,13 +96,7 @@ def _bind(
 
 
 def supports_triton(positions: Tensor, frequencies: Tensor, scale: float, dtype: torch.dtype) -> str | None:
-    if positions.dim() != 2 or positions.dtype not in (torch.int32, torch.int64) or positions.numel() == 0:
-        return "the rotary positions are not integers [batch, tokens]"
-    if frequencies.dtype is not torch.float32 or frequencies.dim() != 1 or frequencies.stride(0) != 1:
-        return "the rotary frequencies are not one fp32 row"
-    if frequencies.shape[0] > MAX_HALF:
-        return f"the rotary kernel takes at most {MAX_HALF} frequencies"
-    return _triton.missing
+    return _not_tables(positions, frequencies) or _triton.missing
 
 
 def run_triton(positions: Tensor, frequencies: Tensor, scale: float, dtype: torch.dtype) -> list[Tensor]:
@@ -88,5 +113,8 @@ OP = register(
     "rope_tables(Tensor positions, Tensor frequencies, float scale, ScalarType dtype) -> Tensor[]",
     reference=reference,
     fake=fake,
-    kernels=[Kernel("triton", "cuda", supports_triton, run_triton)],
+    kernels=[
+        Kernel("triton", "cuda", supports_triton, run_triton),
+        Kernel("native", "cpu", supports_native, run_native),
+    ],
 )

@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from tinyfuse.kernels import _triton
+from tinyfuse.kernels import _native, _triton
 from tinyfuse.kernels._triton import Launch, jit, pdl, rehearsing, tl, triton
 from tinyfuse.op import Kernel, register
 
@@ -24,6 +24,26 @@ def reference(counters: list[Tensor], rings: list[int]) -> list[Tensor]:
 
 def fake(counters: list[Tensor], rings: list[int]) -> list[Tensor]:
     return [counter.new_empty(1) for counter in counters]
+
+
+# --- CPU ---
+
+
+def supports_native(counters: list[Tensor], rings: list[int]) -> str | None:
+    return _not_counters(counters) or _native.unavailable()
+
+
+def run_native(counters: list[Tensor], rings: list[int]) -> list[Tensor]:
+    return list(_native.step_counters(counters, rings).unbind())
+
+
+def _not_counters(counters: list[Tensor]) -> str | None:
+    if any(counter.dtype != torch.int64 or counter.dim() for counter in counters):
+        return "the counters of the cache are not single 64-bit integers"
+    return None
+
+
+# --- GPU ---
 
 
 @jit
@@ -46,9 +66,7 @@ def _bind(rings: tuple[int, ...], ahead: bool, device: torch.device) -> tuple[La
 
 
 def supports_triton(counters: list[Tensor], rings: list[int]) -> str | None:
-    if any(counter.dtype != torch.int64 or counter.dim() for counter in counters):
-        return "the counters of the cache are not single 64-bit integers"
-    return _triton.missing
+    return _not_counters(counters) or _triton.missing
 
 
 def run_triton(counters: list[Tensor], rings: list[int]) -> list[Tensor]:
@@ -68,5 +86,8 @@ OP = register(
     "step_counters(Tensor(a!)[] counters, int[] rings) -> Tensor[]",
     reference=reference,
     fake=fake,
-    kernels=[Kernel("triton", "cuda", supports_triton, run_triton)],
+    kernels=[
+        Kernel("triton", "cuda", supports_triton, run_triton),
+        Kernel("native", "cpu", supports_native, run_native),
+    ],
 )

@@ -61,20 +61,33 @@ def check_softcap(x, cap):
     assert_as_exact_as_eager("softcap", out, eager, exact)
 
 
-def check_rope_tables(B, S, half, scale, dtype, device):
+def check_rope_tables(B, S, half, scale, dtype, device, kernel="triton"):
     """The tables of positions up to 100,000, of which some are far apart, on a strided view."""
     positions = torch.randint(0, 100_000, (B, 2 * S), device=device)[:, ::2]
     positions[:, 0] = 0
     frequencies = 1e6 ** -(torch.arange(half, device=device) / half)
     args = positions, frequencies, scale, dtype
-    assert rope_tables.supports_triton(*args) is None
+    supports, run = (getattr(rope_tables, f"{name}_{kernel}") for name in ("supports", "run"))
+    assert supports(*args) is None
     angle = positions[..., None].float() * frequencies
     angle = torch.cat((angle, angle), -1).double()
-    for out, eager, exact in zip(
-        rope_tables.run_triton(*args), rope_tables.reference(*args), (angle.cos(), angle.sin()), strict=True
-    ):
+    for out, eager, exact in zip(run(*args), rope_tables.reference(*args), (angle.cos(), angle.sin()), strict=True):
         assert out.dtype is dtype and out.stride() == eager.stride()
         assert_as_exact_as_eager("rope_tables", out, eager, exact * scale)
+
+
+def check_step_counters(run):
+    """Counters that follow each other in memory and counters apart, with and without rings."""
+    together = torch.tensor([7, 7, 9, 1000]).unbind()
+    apart = [torch.tensor(7), torch.tensor(8), torch.tensor(3)]
+    for counters in (list(together), apart):
+        before = [int(counter) for counter in counters]
+        rings = [0, 4, 8, 0][: len(counters)]
+        positions = run(counters, rings)
+        want = [[value % ring if ring else value] for value, ring in zip(before, rings, strict=True)]
+        assert [position.tolist() for position in positions] == want
+        assert [int(counter) for counter in counters] == [value + 1 for value in before]
+    return positions
 
 
 def residual_like(op, x):

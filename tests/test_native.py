@@ -30,6 +30,8 @@ from tinyfuse.kernels import (
     rms_norm,
     rope,
     rope_append,
+    rope_tables,
+    step_counters,
 )
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -532,3 +534,21 @@ def test_a_compiler_that_fails_is_reported(tiny_source, tmp_path):
     tiny_source.write_text("this is not C++")
     with pytest.raises(_native.BuildError, match="cannot compile"):
         _native.build(tmp_path / "cache")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rope_tables(dtype):
+    for B, S, half, scale in [(1, 1, 64, 1.0), (2, 5, 12, 1.25), (3, 1, 5, 0.5), (16, 1, 32, 1.0)]:
+        row_ops.check_rope_tables(B, S, half, scale, dtype, "cpu", "native")
+    positions, frequencies = torch.tensor([[3, 70000]], dtype=torch.int32), torch.rand(8)
+    for narrow, wide in zip(
+        run(rope_tables, positions, frequencies, 1.0, dtype),
+        run(rope_tables, positions.long(), frequencies, 1.0, dtype),
+        strict=True,
+    ):
+        assert torch.equal(narrow, wide)
+    assert "16 tokens" in rope_tables.supports_native(torch.zeros(1, 17, dtype=torch.long), frequencies, 1.0, dtype)
+
+
+def test_step_counters():
+    row_ops.check_step_counters(lambda *args: run(step_counters, *args))

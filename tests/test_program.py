@@ -4,7 +4,10 @@ import threading
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.fx import Graph, GraphModule
 
+from tinyfuse.graph.segments import make_segments
 from tinyfuse.kernels import add_rms_norm, kv_append, linear, rms_norm
 from tinyfuse.kernels._program import NotReplayable, Program, Segment
 
@@ -131,3 +134,52 @@ def test_threads_share_a_segment():
     for thread in threads:
         thread.join()
     assert not failures
+
+
+def norm(x):
+    return rms_norm.run_native(x, None, 1e-5, False, True)
+
+
+def append(cache, pos):
+    kv_append.run_native(cache, cache, torch.ones(1, 1, 1, 8), torch.ones(1, 1, 1, 8), pos)
+
+
+def run_with(function, *names):
+    """Five norms in a row, a cache write among them, and in their midst ``function`` of the inputs, or of the norms'
+    result "y", by their names: its result, and the functions that the graph calls once it has its segments."""
+    inputs = {"table": torch.arange(32.0).view(4, 8), "ids": torch.tensor([3, 1]), "pos": torch.tensor([2])}
+    inputs |= {"x": torch.randn(2, 8), "cache": torch.zeros(1, 1, 4, 8)}
+    graph, nodes = Graph(), {}
+
+    def node(made, example):
+        made.meta["example_value"] = example
+        return made
+
+    def norms(count):
+        for _ in range(count):
+            nodes["y"] = node(graph.call_function(norm, (nodes["y"],)), torch.empty(2, 8))
+            native.append(nodes["y"])
+
+    for name, example in inputs.items():
+        nodes[name] = node(graph.placeholder(name), example)
+    native, nodes["y"] = [], nodes["x"]
+    norms(2)
+    native.append(node(graph.call_function(append, (nodes["cache"], nodes["pos"])), None))
+    written = {native[-1]: [nodes["cache"]]}
+    norms(1)
+    made = node(graph.call_function(function, tuple(map(nodes.__getitem__, names))), torch.empty(2, 8))
+    norms(2)
+    graph.output((made, nodes["y"]))
+    make_segments(graph, set(native), written)
+    result, _ = GraphModule(torch.nn.Module(), graph)(*inputs.values())
+    return result, [n.target.__name__ for n in graph.nodes if n.op == "call_function"]
+
+
+def test_what_needs_nothing_of_a_run_goes_before_it():
+    rows, calls = run_with(F.embedding, "ids", "table")
+    assert calls[:2] == ["embedding", "tinyfuse_segment"]
+    assert rows[:, 0].tolist() == [24, 8]
+    kept, calls = run_with(torch.clone, "cache")  # which the run writes
+    assert "tinyfuse_segment" not in calls and kept[0, 0, 2].eq(1).all()
+    for function, *names in ((torch.neg, "y"), (torch.relu_, "table")):
+        assert "tinyfuse_segment" not in run_with(function, *names)[1]

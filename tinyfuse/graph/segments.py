@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from tinyfuse.graph.nodes import is_static, storage, value, writes
+from tinyfuse.graph.nodes import is_static, is_tensor, storage, value, writes
 from tinyfuse.kernels._program import Segment
 
 LEAST_KERNELS = 6  # shorter runs do not repay the call of a segment, which looks at the address of every input
@@ -22,18 +22,31 @@ _VIEWS = {
 def make_segments(graph: Graph, native: Collection[Node], written: dict[Node, list[Node]]) -> None:
     """Replace every run of ``native`` nodes, with the views between them, by one call of a :class:`Segment`.
 
-    ``written``: the inputs that a native node writes.
+    ``written``: the inputs that an op's node writes.
     """
     run: list[Node] = []
     for node in [*graph.nodes, None]:
         if node in native or (run and node is not None and node.target in _VIEWS):
             run.append(node)
             continue
+        if run and node is not None and _may_go_first(node, run, written):  # the look-up of the token, mostly
+            run[0].prepend(node)
+            continue
         while run and run[-1] not in native:
             run.pop()
         if sum(n in native for n in run) >= LEAST_KERNELS:
             _replace(graph, run, written)
         run = []
+
+
+def _may_go_first(node: Node, run: list[Node], written: dict[Node, list[Node]]) -> bool:
+    """Whether ``node`` does before ``run`` what it does after it."""
+    if node.op != "call_function" or not is_tensor(node) or not set(run).isdisjoint(node.all_input_nodes):
+        return False  # what has no result may change how others compute
+    if writes(node) or written.get(node):
+        return False
+    changed = {storage(w) for n in run for w in written.get(n, ())}
+    return changed.isdisjoint(map(storage, node.all_input_nodes))
 
 
 def _replace(graph: Graph, run: list[Node], written: dict[Node, list[Node]]) -> None:
