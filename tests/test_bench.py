@@ -108,6 +108,16 @@ def test_tied_weights_count_once_and_a_table_of_its_own_is_not_read() -> None:
     assert measure.weight_bytes_read(tied) == before - table
 
 
+def test_tied_heads_in_int8_are_a_variant_that_has_to_be_named() -> None:
+    name = "tinyfuse-int8-tied"
+    assert name not in [variant.name for variant in variants.choose(None, variants.VARIANTS)]
+    tied = models.random_model("tiny", torch.float32, CPU)
+    tied.lm_head.weight = tied.get_input_embeddings().weight
+    for variant, dtype in (("tinyfuse-int8", torch.float32), (name, torch.int8)):
+        variants.choose(variant, variants.VARIANTS)[0].quantize(tied)
+        assert tied.lm_head.weight is tied.get_input_embeddings().weight and tied.lm_head.weight.dtype == dtype
+
+
 def test_kv_bytes() -> None:
     config = models.random_model("tiny", torch.float32, CPU).config
     # keys and values, 2 layers, 2 heads of 16, 10 tokens, 3 rows, 2 bytes

@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--prompt", type=_count, help="tokens (default 64 on the CPU, 128 on a GPU or to encode)")
     bench.add_argument("--gen", type=_at_least(2), help="tokens to generate (default 32 on the CPU, 128 on a GPU)")
     bench.add_argument("--repeats", type=_count, default=5, help="timed repeats, each with its own prompt (default 5)")
-    bench.add_argument("--variants", help="comma-separated list (default: all that can run here)")
+    bench.add_argument("--variants", help="comma-separated list (default: all that run here but tinyfuse-int8-tied)")
 
     explain = _command(commands, "explain", _explain, "say what is fused in a model, what is not, and why")
     _add_model(explain)

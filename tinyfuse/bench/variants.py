@@ -16,13 +16,15 @@ from tinyfuse.bench import UsageError
 @dataclass(frozen=True)
 class Variant:
     """``quantize`` and ``optimize`` change a twin of the model in place (``optimize`` returns the model to use);
-    ``arguments`` takes the prompt length and gives what ``generate`` gets on top of the common arguments."""
+    ``arguments`` takes the prompt length and gives what ``generate`` gets on top of the common arguments.
+    ``by_default``: it runs without being named."""
 
     name: str
     quantize: Callable[[nn.Module], Any] | None = None
     optimize: Callable[[nn.Module], nn.Module] | None = None
     arguments: Callable[[int], dict[str, Any]] = lambda prompt: {}
     package: str | None = None
+    by_default: bool = True
 
     @property
     def stock(self) -> bool:
@@ -70,6 +72,12 @@ def _tinyfuse_int8(model: nn.Module) -> Any:
     return quantize_(model, "int8")
 
 
+def _tinyfuse_int8_tied(model: nn.Module) -> Any:
+    from tinyfuse.quantize import quantize_
+
+    return quantize_(model, "int8", tied_heads=True)
+
+
 def _tinyfuse(model: nn.Module) -> nn.Module:
     from tinyfuse.api import optimize
 
@@ -84,6 +92,7 @@ VARIANTS = {
         Variant("stock-compile", arguments=_compiled),
         Variant("tinyfuse", optimize=_tinyfuse),
         Variant("tinyfuse-int8", quantize=_tinyfuse_int8, optimize=_tinyfuse),
+        Variant("tinyfuse-int8-tied", quantize=_tinyfuse_int8_tied, optimize=_tinyfuse, by_default=False),
         # its step alone compiles for 145 s on an H200 (32 layers, torch 2.11)
         Variant("torchao-int8", quantize=_torchao, arguments=_compiled_step, package="torchao"),
     )
@@ -91,9 +100,10 @@ VARIANTS = {
 
 
 def choose(names: str | None, table: dict[str, Variant]) -> list[Variant]:
-    """The variants of ``table`` named in a comma-separated list; by default every one whose package is installed."""
+    """The variants of ``table`` named in a comma-separated list; else those ``by_default`` whose package is there."""
     if names is None:
-        return [v for v in table.values() if v.package is None or importlib.util.find_spec(v.package)]
+        defaults = [v for v in table.values() if v.by_default]
+        return [v for v in defaults if v.package is None or importlib.util.find_spec(v.package)]
     chosen = []
     for name in dict.fromkeys(part.strip() for part in names.split(",")):
         if name not in table:
