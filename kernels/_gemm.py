@@ -269,16 +269,18 @@ def tile(m: int, n: int, dtype: torch.dtype, device: torch.device) -> Config:
     rounds = triton.cdiv(wide, 2 * processors) < triton.cdiv(narrow, 3 * processors)
     block_n = 128 if (rounds if m > 64 else narrow > 1024) else 64
     blocks = triton.cdiv(n, block_n) * blocks_m
-    # Up to 64 rows two shares of K win where a quarter of the multiprocessors would have no tile (6144x4096), and twice
-    # the depth where each has one program (8192x8192).
-    parts = 2 if m <= 64 and processors // 2 < blocks <= processors * 3 // 4 else 1
+    # From 9 to 64 rows two shares of K win where a quarter of the multiprocessors would have no tile (6144x4096); up to
+    # 64, twice the depth where each has one program, and then six stages, unless shares are short (8192x8192).
+    parts = 2 if 8 < m <= 64 and processors // 2 < blocks <= processors * 3 // 4 else 1
     while blocks * parts <= processors // 2 and parts < 8:
         parts *= 2
-    if blocks * parts <= processors and (m <= 64 or blocks <= processors // 2):
+    alone = blocks * parts <= processors
+    if alone and (m <= 64 or blocks <= processors // 2):
         block_k = 256
+    most = 5 if block_k == 128 else 6 if alone and (m <= 16 or parts == 1) else 4
     stage = (block_n + (4 if count == 3 else 2) * block_m) * block_k
     each = shared // triton.cdiv(blocks * parts, processors) - 1024  # the driver keeps 1 KiB of each program's
-    return count, block_m, block_n, block_k, min(max(each // stage, 3), 5 if block_k == 128 else 6), 4, parts
+    return count, block_m, block_n, block_k, min(max(each // stage, 3), most), 4, parts
 
 
 @jit
