@@ -18,7 +18,7 @@ from torch import Tensor
 from tinyfuse.kernels import _gemv
 from tinyfuse.kernels._counters import counters, is_last, sum_shares
 from tinyfuse.kernels._gemm import store, tile_of
-from tinyfuse.kernels._gemv import rows
+from tinyfuse.kernels._gemv import residual_rows, rows
 from tinyfuse.kernels._triton import Launch, interpreted, jit, pdl, tl, triton
 
 BLOCK_M = 8  # rows of x: as few columns as ``mma.sync`` has; more rows are more programs
@@ -123,9 +123,7 @@ def fp16_gemm(
     m, k = x.shape
     n = weight.shape[0]
     y = x.new_empty((*lead, n))
-    if residual is not None:
-        residual = residual.reshape(m, n)
-        residual = residual if residual.stride(1) == 1 else residual.contiguous()
+    residual = residual_rows(residual, n)
     config = config or tile(n, k)
     launch = _bind(
         m, n, k, (x.stride(0), weight.stride(0), 0 if residual is None else residual.stride(0)), config, pdl(x.device),

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tinyfuse.kernels import _gemv
 from tinyfuse.kernels._counters import is_last, sum_shares
-from tinyfuse.kernels._gemv import pick, rows, three
+from tinyfuse.kernels._gemv import pick, residual_rows, rows, three
 from tinyfuse.kernels._triton import Launch, jit, pdl, tl, triton
 from tinyfuse.kernels.gated_act import activate
 
@@ -217,9 +217,7 @@ def gemm(
     sizes = tuple([w.shape[0] for w in weights])
     config = config or tile(m, sum(sizes), x.dtype, x.device)
     outs = [x.new_empty((*lead, n)) for n in (sizes[:1] if act else sizes)]
-    if residual is not None:
-        residual = residual.reshape(-1, sizes[0])
-        residual = residual if residual.stride(1) == 1 else residual.contiguous()
+    residual = residual_rows(residual, sizes[0])
     launch = _bind(
         m, k, sizes, tuple([w.stride(0) for w in weights]), 0 if residual is None else residual.stride(0), act, config,
         pdl(x.device), x.dtype, x.device, biases[0] is None or biases[0].dtype, residual is None or residual.dtype,

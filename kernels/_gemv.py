@@ -301,6 +301,14 @@ def rows(x: Tensor) -> Tensor:
     )
 
 
+def residual_rows(residual: Tensor | None, n: int) -> Tensor | None:
+    """The residual as [M, n], each row dense."""
+    if residual is None:
+        return None
+    residual = residual.reshape(-1, n)
+    return residual if residual.stride(1) == 1 else residual.contiguous()
+
+
 def tile(n: int, k: int) -> tuple[int, int, int, int, int]:
     """(warps over rows, warps over K, groups of 8 rows, steps loaded ahead, steps whose x is loaded together), as
     measured on an H200."""
@@ -344,10 +352,7 @@ def gemv(
     sizes = tuple([w.shape[0] for w in weights])
     config = config or tile(sum(sizes), k)
     outs = [x.new_empty((*lead, n)) for n in (sizes[:1] if act else sizes)]
-    if residual is not None:
-        residual = residual.reshape(-1, sizes[0])
-        if residual.stride(1) != 1:
-            residual = residual.contiguous()
+    residual = residual_rows(residual, sizes[0])
     strides = (x.stride(0), *[w.stride(0) for w in weights])
     launch = _bind(
         m, k, sizes, strides, 0 if residual is None else residual.stride(0), act, config, pdl(x.device),
