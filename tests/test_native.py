@@ -302,10 +302,19 @@ def test_long_inputs_use_all_threads(threads):
     exact = F.layer_norm(x.double(), (576,), None, None, 1e-5)
     check_norm(layer_norm, (x, None, None, 1e-5), exact)
     gate, up = x.chunk(2, -1)
-    exact = F.silu(gate.double()) * up.double()
+    exact = F.gelu(gate.double(), approximate="tanh") * up.double()
     assert_as_exact_as_eager(
-        "gated_act", run(gated_act, gate, up, "silu"), gated_act.reference(gate, up, "silu"), exact
+        "gated_act", run(gated_act, gate, up, "gelu_tanh"), gated_act.reference(gate, up, "gelu_tanh"), exact
     )
+
+
+def test_prompts_leave_activations_to_wider_vectors(monkeypatch):
+    for capability, silu in (("AVX512", "512 bits"), ("AVX2", None)):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        few, many = torch.ones(32, 1024), torch.ones(33, 1024)
+        assert gated_act.supports_native(few, few, "silu") is gated_act.supports_native(many, many, "relu") is None
+        reason = gated_act.supports_native(many, many, "silu")
+        assert reason is None if silu is None else silu in reason
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
