@@ -1049,7 +1049,7 @@ struct TablesArgs {
 
 namespace {
 
-constexpr i64 MOST_FREQUENCIES = 1024;
+constexpr i64 MOST_FREQUENCIES = 1024;  // MAX_HALF in rope_tables.py
 
 template <class X> void tables_row(const TablesArgs& a, float position, X* cos, X* sin) {
   alignas(32) float c[MOST_FREQUENCIES], n[MOST_FREQUENCIES];

@@ -44,7 +44,8 @@ def optimize(model: nn.Module, quantize: str | None = None, *, fallback: str = "
         return model
     if quantize is not None:
         restore(model)  # what was compiled for the float weights
-        log.info("%s", quantize_(model, quantize))
+        report = quantize_(model, quantize)
+        log.info("%s", report)
     runtime = vars(model).get(ATTRIBUTE)
     if runtime is None:
         own = {name: vars(model)[name] for name in ("forward", "generate") if name in vars(model)}
