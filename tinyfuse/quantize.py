@@ -328,14 +328,15 @@ def _why_not_shared(
     """All modules that share a weight are converted, or none."""
     for name, module in group:
         if isinstance(module, nn.Embedding):
-            if not tied_heads:
-                return f"its weight is tied to {name}: tied_heads=True converts both"
             reason = _why_not_embedding(model, name, module)
         else:
             reason = reasons.get(module, f"it is a {type(module).__name__}")
         if reason is not None:
             return f"its weight is tied to {name}, which stays as it is: {reason}"
-    return "its weight is shared between layouts" if len({_is_conv1d(module) for _, module in group}) > 1 else None
+    if len({_is_conv1d(module) for _, module in group}) > 1:
+        return "its weight is shared between layouts"
+    tables = [name for name, module in group if isinstance(module, nn.Embedding)]
+    return f"its weight is tied to {tables[0]}: tied_heads=True converts both" if tables and not tied_heads else None
 
 
 def _why_not(model: nn.Module, name: str, module: nn.Module) -> str | None:
