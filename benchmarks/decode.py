@@ -68,6 +68,7 @@ CASES = {
         ((INT8, "stock-static", 2.2, 0), ("tinyfuse", "stock-static", 1.7, 0)),
     ),
     "qwen": Case("qwen3-0.6b", 1, 128, ("stock-static", *BOTH), ((INT8, "stock-static", 2.5, 0),)),
+    "8b-1k": Case("llama-3.1-8b", 1, 1024 - GEN, ("stock-static", *BOTH), ()),
     "8b-8k": Case(
         "llama-3.1-8b", 1, 8192 - GEN, ("stock-static", *BOTH), ((INT8, "stock-static", 2.5, 0),)
     ),

@@ -356,28 +356,34 @@ def _multiprocessors(device: torch.device) -> int:
 def plan(rows: int, programs: int, Skv: int, width: int, itemsize: int, device: torch.device) -> Plan:
     """rows: query rows that share a kv head; programs: batch times kv heads; width: the larger padded head_dim.
 
-    As measured on an H200: where a block to a program is no more than two programs to a multiprocessor, it loads all of
-    its keys and values at once, with 8 warps if a multiprocessor has one program (it has no registers for two of them)
-    and few splits to merge. Else they come in blocks, some on their way. For one row to a kv head large ones are faster
-    at two programs to a multiprocessor; beyond four, which hide each other's latency, one warp and small ones.
+    As measured in whole decode steps on an H200. Few blocks: each program loads all of its keys and values at once, with
+    8 warps if a multiprocessor has one program, which has no registers for two of them. Else they come in blocks, some
+    on their way, for two programs to a multiprocessor or, where several rows share wide keys, for one of 8 warps. Beyond
+    four, which hide each other's latency, one warp and small blocks are faster.
     """
     block_r = min(64, max(16, triton.next_power_of_2(rows)))
     processors = _multiprocessors(device)
     wave = 2 * processors / (programs * triton.cdiv(rows, block_r))
     key = width * itemsize
-    block_n = max(16, min(128, 32768 // key))
-    blocks = triton.cdiv(Skv, block_n)
-    if blocks <= min(wave, MAX_SPLITS) and block_r == 16:
-        return Plan(block_r, block_n, blocks, 8 if blocks <= 4 and blocks * programs <= processors else 4, 1)
-    if wave < 0.5 and rows == 1 and key <= 256:
-        return Plan(block_r, max(16, 4096 // key), 1, 1, 3)
-    large = max(16, min(128, 16384 // key))
-    if wave < 2 and rows == 1:
-        return Plan(block_r, large, max(1, round(wave)), 4, 2)
+    wide_group = rows > 1 and key >= 256
+    block_n, large = max(16, min(128, 32768 // key)), max(16, min(128, 16384 // key))
+    blocks, smaller = triton.cdiv(Skv, block_n), triton.cdiv(Skv, large)
     if block_r == 16:
-        # Three programs to a multiprocessor, or two where the partial results of several rows are merged.
-        splits = round(1.5 * wave) if rows == 1 else int(wave)
-        return Plan(block_r, large, max(1, min(splits, triton.cdiv(Skv, large), MAX_SPLITS)), 4, 2)
+        alone = min(processors // programs, MAX_SPLITS)
+        if wide_group and smaller <= alone:
+            return Plan(block_r, large, smaller, 8, 1)
+        if blocks <= min(alone, 4):
+            return Plan(block_r, block_n, blocks, 8, 1)
+        if not wide_group and blocks <= min(wave, MAX_SPLITS):
+            return Plan(block_r, block_n, blocks, 4, 1)
+        if wave < 0.5 and rows == 1 and key <= 256:
+            return Plan(block_r, max(16, 4096 // key), 1, 1, 3)
+        splits, warps, stages = int(wave), 4, 2
+        if wide_group and wave >= 4:
+            splits, warps, stages = int(wave / 2), 8, 3
+        elif wide_group:
+            large, stages = max(16, large // 2), 3
+        return Plan(block_r, large, max(1, min(splits, triton.cdiv(Skv, large), MAX_SPLITS)), warps, stages)
     block_n = max(16, min(128, 8192 // key))
     blocks = triton.cdiv(Skv, block_n)
     # Two programs per multiprocessor, or four small ones once each has 8 blocks: partial results stay few.

@@ -24,32 +24,48 @@ from tinyfuse.kernels.gated_act import activate
 
 # Digits, rows, columns and depth of a tile, stages, warps, shares of K.
 Config = tuple[int, int, int, int, int, int, int]
+PIECE = 2048
 
 
 @jit(do_not_specialize=["rows", "tiles"])
-def _split(x, out, scale, stride, rows, tiles, K, DIGITS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """Row ``program_id(0)`` of x as its digits, [DIGITS, rows, K], and its scale."""
+def _split(
+    x, out, scale, stride, rows, tiles, K, DIGITS: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """Row ``program_id(0)`` of x as its digits, [DIGITS, rows, K], and its scale. Every program looks at all of the row
+    and stores PIECE columns, from ``program_id(1) * PIECE`` on."""
     row = tl.program_id(0).to(tl.int64)
-    k = tl.arange(0, BLOCK)
+    x += row * stride
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    value = tl.load(x + row * stride + k, mask=k < K, other=0.0).to(tl.float32)
-    store_digits(value, out, scale, row, k, rows, tiles, K, DIGITS)
+    k = tl.arange(0, BLOCK)
+    value = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
+    largest = magnitude(value)
+    if PIECE < BLOCK:
+        k = tl.program_id(1) * PIECE + tl.arange(0, PIECE)
+        value = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
+    store_digits(value, largest, out, scale, row, k, rows, tiles, K, DIGITS)
 
 
 @jit
-def store_digits(value, out, scale, row, k, rows, tiles, K, DIGITS: tl.constexpr):
-    """The digits of a row, ``value`` [BLOCK] in fp32 and 0 beyond K, and its scale; behind the scales of all rows its
-    part of the zeros from which the programs of ``tiles`` tiles count."""
-    for i in range(row, tiles, tl.num_programs(0)):
-        tl.store(scale + tl.num_programs(0) + i, 0.0)
-    # The bits of |x| order as integers do, with infinities and NaN on top: a row that holds one becomes NaN.
-    largest = tl.max(tl.abs(value).to(tl.int32, bitcast=True), 0)
+def magnitude(value):
+    """The bits of the largest |value|, which order as integers do, with infinities and NaN on top."""
+    return tl.max(tl.abs(value).to(tl.int32, bitcast=True), 0)
+
+
+@jit
+def store_digits(value, largest, out, scale, row, k, rows, tiles, K, DIGITS: tl.constexpr):
+    """Columns k of the digits of a row, ``value`` in fp32, whose :func:`magnitude` is ``largest``, and its scale; behind
+    the scales of all rows its part of the zeros from which the programs of ``tiles`` tiles count. A row that holds an
+    infinity or NaN becomes NaN."""
     bad = largest >= 0x7F800000
     largest = tl.maximum(largest.to(tl.float32, bitcast=True), 1e-30)
     limit: tl.constexpr = 8355000.0 if DIGITS == 3 else 32639.0  # 127.5 * 256^d, less room to round up
-    tl.store(scale + row, tl.where(bad, float("nan"), largest / limit))
+    if tl.program_id(1) == 0:
+        for i in range(row, tiles, tl.num_programs(0)):
+            tl.store(scale + tl.num_programs(0) + i, 0.0)
+        tl.store(scale + row, tl.where(bad, float("nan"), largest / limit))
     number = tl.floor(value * (limit / largest) + 0.5).to(tl.int32) + (0x808080 if DIGITS == 3 else 0x8080)
     for d in tl.static_range(DIGITS):
         digit = ((number >> (8 * (DIGITS - 1 - d))) & 255) - 128
@@ -157,8 +173,16 @@ def tile_of(at, k, start, K: tl.constexpr, BLOCK_K: tl.constexpr):
 
 @lru_cache(4096)
 def _bind_split(m: int, k: int, count: int, padded: int, tiles: int, stride: int, ahead: bool, *_types: Any) -> Launch:
+    block, piece, warps = pieces(m, k)
+    grid = m, triton.cdiv(k, piece)
+    return Launch(_split, grid, (stride, padded, tiles, k, count, block, piece, ahead), warps, ahead)
+
+
+def pieces(m: int, k: int) -> tuple[int, int, int]:
+    """(a row padded, the columns of it that one program splits, warps): a few rows are split by several programs
+    each, which takes less time though every one of them looks at all of the row."""
     block = triton.next_power_of_2(k)
-    return Launch(_split, (m,), (stride, padded, tiles, k, count, block, ahead), min(16, max(4, block // 512)), ahead)
+    return block, PIECE if m * triton.cdiv(k, PIECE) <= 132 else block, min(16, max(4, block // 512))
 
 
 def digit_buffers(x: Tensor, count: int, padded: int, tiles: int) -> tuple[Tensor, Tensor]:

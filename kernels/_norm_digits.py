@@ -29,7 +29,8 @@ def _norm_split(
     gain = _rows.load_gain(weight, k[None, :], K)  # on its way during the sum, past whose barrier no load is moved up
     factor = tl.rsqrt(tl.sum(value * value, 1) / K + eps)
     value = _rows.scaled(value, factor, gain, x.dtype.element_ty, UNIT_OFFSET, CAST_FIRST)
-    _gemm.store_digits(tl.reshape(value, [BLOCK]).to(tl.float32), out, scale, row, k, rows, tiles, K, DIGITS)
+    value = tl.reshape(value, [BLOCK]).to(tl.float32)
+    _gemm.store_digits(value, _gemm.magnitude(value), out, scale, row, k, rows, tiles, K, DIGITS)
 
 
 @lru_cache(4096)

@@ -65,8 +65,8 @@ def merge_columns(shape: tuple[int, ...], *strides: tuple[int, ...]) -> tuple[in
     return N, merge(shape[:d], *(s[:d] for s in strides))
 
 
-def unsupported(name: str, *tensors: Tensor) -> str | None:
-    """Why ``tensors``, of one shape, cannot be read row by row, or None."""
+def unsupported(name: str, *tensors: Tensor, columns: bool = False) -> str | None:
+    """Why ``tensors``, of one shape, cannot be read row by row, or None. ``columns``: theirs may lie apart."""
     if _triton.missing:
         return _triton.missing
     first = tensors[0]
@@ -77,7 +77,7 @@ def unsupported(name: str, *tensors: Tensor) -> str | None:
             return f"the inputs of {name} differ in dtype or shape"
         if not x.dim():
             return f"the input of {name} has no dimension"
-        if x.is_contiguous() or x.shape[-1] == 1:
+        if x.is_contiguous() or x.shape[-1] == 1 or (columns and 1 < x.stride(-1) < 2**31 // x.shape[-1]):
             continue
         if x.stride(-1) != 1:
             return f"the last dimension of the input of {name} is not contiguous"
@@ -201,14 +201,15 @@ def prefetch(pointer, N: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @jit
-def load_sum(x, residual, total, at, inside):
-    """Columns ``at`` of x, or of x + residual rounded to x's dtype (then also stored to total, if given), as fp32."""
-    value = tl.load(x + at, mask=inside, other=0.0)
+def load_sum(x, residual, total, at, inside, x_n=1, r_n=1, t_n=1):
+    """Columns ``at`` of x, or of x + residual rounded to x's dtype (then also stored to total, if given), as fp32.
+    ``x_n`` ...: how far their columns lie apart."""
+    value = tl.load(x + at * x_n, mask=inside, other=0.0)
     if residual is not None:
-        more = tl.load(residual + at, mask=inside, other=0.0)
+        more = tl.load(residual + at * r_n, mask=inside, other=0.0)
         value = (value.to(tl.float32) + more.to(tl.float32)).to(value.dtype)
         if total is not None:
-            tl.store(total + at, value, mask=inside)
+            tl.store(total + at * t_n, value, mask=inside)
     return value.to(tl.float32)
 
 

@@ -24,7 +24,7 @@ def reference(
 
 def supports_triton(x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> str | None:
     name = "add_layer_norm"
-    return _rows.unsupported(name, x, residual) or _rows.unsupported_weight(name, x, weight, bias)
+    return _rows.unsupported(name, x, residual, columns=True) or _rows.unsupported_weight(name, x, weight, bias)
 
 
 def run_triton(

@@ -40,7 +40,7 @@ def _scaled(value, scale, weight, bias, col, N: tl.constexpr):
 @jit(do_not_specialize=["rows", "n1", "n2"])
 def _layer_norm(
     x, residual, weight, bias, total, y, rows, eps, n1, n2,
-    x_0, x_1, x_2, r_0, r_1, r_2, t_0, t_1, t_2, y_0, y_1, y_2,
+    x_0, x_1, x_2, r_0, r_1, r_2, t_0, t_1, t_2, y_0, y_1, y_2, x_n, r_n, t_n,
     N: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, DIMS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Rows of BLOCK_N columns in registers, longer ones in three passes; residual and total: both None or neither."""
@@ -60,22 +60,22 @@ def _layer_norm(
         total += _rows.offset(row, n1, n2, t_0, t_1, t_2, DIMS)[:, None]
     inside = (row < rows)[:, None]
     if N <= BLOCK_N:
-        value = _rows.load_sum(x, residual, total, col, inside & (col < N))
+        value = _rows.load_sum(x, residual, total, col, inside & (col < N), x_n, r_n, t_n)
         value = tl.where(col < N, value - (tl.sum(value, 1) / N)[:, None], 0.0)
         scale = tl.rsqrt(tl.sum(value * value, 1) / N + eps)
         tl.store(y + col, _scaled(value, scale, weight, bias, col, N), mask=inside & (col < N))
     else:
         acc = tl.zeros([ROWS, BLOCK_N], tl.float32)
         for start in range(0, N, BLOCK_N):
-            acc += _rows.load_sum(x, residual, total, start + col, inside & (start + col < N))
+            acc += _rows.load_sum(x, residual, total, start + col, inside & (start + col < N), x_n, r_n, t_n)
         mean = (tl.sum(acc, 1) / N)[:, None]
         square = tl.zeros([ROWS, BLOCK_N], tl.float32)
         for start in range(0, N, BLOCK_N):
-            value = _rows.load_sum(x, residual, None, start + col, inside & (start + col < N)) - mean
+            value = _rows.load_sum(x, residual, None, start + col, inside & (start + col < N), x_n, r_n) - mean
             square += tl.where(start + col < N, value * value, 0.0)
         scale = tl.rsqrt(tl.sum(square, 1) / N + eps)
         for start in range(0, N, BLOCK_N):
-            value = _rows.load_sum(x, residual, None, start + col, inside & (start + col < N)) - mean
+            value = _rows.load_sum(x, residual, None, start + col, inside & (start + col < N), x_n, r_n) - mean
             out = _scaled(value, scale, weight, bias, start + col, N)
             tl.store(y + start + col, out, mask=inside & (start + col < N))
 
@@ -83,8 +83,11 @@ def _layer_norm(
 @lru_cache(4096)
 def bind(place: _rows.Layout, eps: float) -> Launch:
     rows, tile = _rows.plan(place)
+    columns = place.x[-1], (place.residual or place.x)[-1], (place.total or place.y)[-1]
+    if columns != (1, 1, 1):  # 16 rows, which then lie beside each other, are a sector of memory
+        tile = _rows.Tile(tile.block_n, max(1, min(16, _rows.MAX_BLOCK // tile.block_n)), 16)
     scalars = (
-        rows.count, eps, *rows.sizes, *rows.strides,
+        rows.count, eps, *rows.sizes, *rows.strides, *columns,
         place.shape[-1], tile.block_n, tile.rows, rows.dims, place.ahead,
     )  # fmt: skip
     return Launch(_layer_norm, (triton.cdiv(rows.count, tile.rows),), scalars, tile.warps, place.ahead)
@@ -100,7 +103,7 @@ def launch(
 
 
 def supports_triton(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> str | None:
-    return _rows.unsupported("layer_norm", x) or _rows.unsupported_weight("layer_norm", x, weight, bias)
+    return _rows.unsupported("layer_norm", x, columns=True) or _rows.unsupported_weight("layer_norm", x, weight, bias)
 
 
 def run_triton(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:

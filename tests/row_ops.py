@@ -43,6 +43,11 @@ def rows(layout, N, dtype, device, lead=(2, 3, 5)):
     return x.to(dtype)
 
 
+def patches(N, dtype, device, b=2, s=5):
+    """Random [b, s, N] as a convolution over patches leaves it: the columns of a row lie s apart."""
+    return torch.randn(b, N, s, device=device).to(dtype).transpose(1, 2)
+
+
 def weights(shape, dtype, device):
     """[..., N, K] in ``dtype`` and None, or int8 and scales."""
     w = torch.randn(shape, device=device) / shape[-1] ** 0.5

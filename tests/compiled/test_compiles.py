@@ -112,6 +112,7 @@ def test_norms_and_rotation(compiled):
     add_rms_norm.run_triton(x, x, gain, 1e-5, True, False)
     layer_norm.run_triton(x, gain, gain, 1e-5)
     add_layer_norm.run_triton(x, x, gain, gain, 1e-5)
+    add_layer_norm.run_triton(ones(2, 256, 3).transpose(1, 2), x, gain, gain, 1e-5)
     for act in gated_act.ACTIVATIONS:
         gated_act.run_triton(x, x, act)
     softcap.run_triton(x, 30.0)

@@ -6,7 +6,18 @@ import pytest
 import torch
 
 from tests import row_ops
-from tinyfuse.kernels import _rows, _triton, add_rms_norm, gated_act, kv_append, layer_norm, rms_norm, rope, rope_append
+from tinyfuse.kernels import (
+    _rows,
+    _triton,
+    add_layer_norm,
+    add_rms_norm,
+    gated_act,
+    kv_append,
+    layer_norm,
+    rms_norm,
+    rope,
+    rope_append,
+)
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("strict")]
 
@@ -25,6 +36,17 @@ def test_norm_errors(op, N):
             x = row_ops.rows(layout, N, dtype, "cuda", lead)
             weight, bias = row_ops.norm_weights(N, dtype, "cuda")[0]
             row_ops.check_norm(op, x, row_ops.residual_like(op, x), weight, bias)
+
+
+@pytest.mark.parametrize("op", [layer_norm, add_layer_norm], ids=of)
+@pytest.mark.parametrize("N", [64, 341, 1152, 16385])
+@pytest.mark.parametrize("b, s", [(1, 196), (3, 197)])
+def test_the_columns_of_patches(op, N, b, s):
+    for dtype in DTYPES:
+        x = row_ops.patches(N, dtype, "cuda", b, s)
+        weight, bias = row_ops.norm_weights(N, dtype, "cuda")[0]
+        for residual in (row_ops.residual_like(op, x), x + 1 if op is add_layer_norm else None):
+            row_ops.check_norm(op, x, residual, weight, bias)
 
 
 @pytest.mark.parametrize("dtype, weight_dtype", list(itertools.product(DTYPES, DTYPES)))
