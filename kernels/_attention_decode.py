@@ -356,10 +356,10 @@ def _multiprocessors(device: torch.device) -> int:
 def plan(rows: int, programs: int, Skv: int, width: int, itemsize: int, device: torch.device) -> Plan:
     """rows: query rows that share a kv head; programs: batch times kv heads; width: the larger padded head_dim.
 
-    As measured in whole decode steps on an H200. Few blocks: each program loads all of its keys and values at once, with
-    8 warps if a multiprocessor has one program, which has no registers for two of them. Else they come in blocks, some
-    on their way, for two programs to a multiprocessor or, where several rows share wide keys, for one of 8 warps. Beyond
-    four, which hide each other's latency, one warp and small blocks are faster.
+    As measured in whole decode steps on an H200. Few blocks: each program loads all of its keys and values at once,
+    with 8 warps if a multiprocessor has one program, which has no registers for two of them. Else they come in blocks,
+    some on their way, for two programs to a multiprocessor or, where several rows share wide keys, for one of 8 warps.
+    Beyond four, which hide each other's latency, one warp and small blocks are faster.
     """
     block_r = min(64, max(16, triton.next_power_of_2(rows)))
     processors = _multiprocessors(device)

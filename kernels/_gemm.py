@@ -24,7 +24,7 @@ from tinyfuse.kernels.gated_act import activate
 
 # Digits, rows, columns and depth of a tile, stages, warps, shares of K.
 Config = tuple[int, int, int, int, int, int, int]
-PIECE = 2048
+PIECE = 2048  # columns: a program makes the digits of so many, where there are few rows
 
 
 @jit(do_not_specialize=["rows", "tiles"])
@@ -56,9 +56,9 @@ def magnitude(value):
 
 @jit
 def store_digits(value, largest, out, scale, row, k, rows, tiles, K, DIGITS: tl.constexpr):
-    """Columns k of the digits of a row, ``value`` in fp32, whose :func:`magnitude` is ``largest``, and its scale; behind
-    the scales of all rows its part of the zeros from which the programs of ``tiles`` tiles count. A row that holds an
-    infinity or NaN becomes NaN."""
+    """Columns k of the digits of a row, ``value`` in fp32, whose :func:`magnitude` is ``largest``, and its scale;
+    behind the scales of all rows its part of the zeros from which the programs of ``tiles`` tiles count. A row that
+    holds an infinity or NaN becomes NaN."""
     bad = largest >= 0x7F800000
     largest = tl.maximum(largest.to(tl.float32, bitcast=True), 1e-30)
     limit: tl.constexpr = 8355000.0 if DIGITS == 3 else 32639.0  # 127.5 * 256^d, less room to round up
@@ -173,16 +173,10 @@ def tile_of(at, k, start, K: tl.constexpr, BLOCK_K: tl.constexpr):
 
 @lru_cache(4096)
 def _bind_split(m: int, k: int, count: int, padded: int, tiles: int, stride: int, ahead: bool, *_types: Any) -> Launch:
-    block, piece, warps = pieces(m, k)
-    grid = m, triton.cdiv(k, piece)
-    return Launch(_split, grid, (stride, padded, tiles, k, count, block, piece, ahead), warps, ahead)
-
-
-def pieces(m: int, k: int) -> tuple[int, int, int]:
-    """(a row padded, the columns of it that one program splits, warps): a few rows are split by several programs
-    each, which takes less time though every one of them looks at all of the row."""
     block = triton.next_power_of_2(k)
-    return block, PIECE if m * triton.cdiv(k, PIECE) <= 132 else block, min(16, max(4, block // 512))
+    piece = PIECE if m * triton.cdiv(k, PIECE) <= 132 else block
+    scalars = stride, padded, tiles, k, count, block, piece, ahead
+    return Launch(_split, (m, triton.cdiv(k, piece)), scalars, min(16, max(4, block // 512)), ahead)
 
 
 def digit_buffers(x: Tensor, count: int, padded: int, tiles: int) -> tuple[Tensor, Tensor]:

@@ -157,6 +157,21 @@ def test_fp16_products_of_rows_of_any_magnitude(parts):
     assert not _fp16_gemm.fp16_gemm(torch.zeros(3, K).bfloat16(), w, scale, None, config=(16, 64, 4)).any()
 
 
+@pytest.mark.parametrize("digits", [2, 3])
+def test_digits_of_long_rows(digits):
+    """By several programs a row, then by one: the same bits, of which the digits are worth x."""
+    few = row_ops.rows("outliers", 2 * _gemm.PIECE + 5, torch.bfloat16, "cpu", (1, 1, 3))[0, 0]
+    many = few.repeat(20, 1)
+    made, scale = _gemm.split(few, digits, 3, 7)
+    alike, scale_alike = _gemm.split(many, digits, 60, 0)
+    assert torch.equal(made, alike[:, :3]) and torch.equal(scale[:3], scale_alike[:3]) and not scale[3:].any()
+    worth = sum(d.double() * 256**i for i, d in enumerate(made.flip(0))) * scale[:3, None].double()
+    off = (
+        0.5 + 3 * 2**-24 * 256**digits / 2
+    )  # a rounding to integers, and three in fp32 of what is scaled to 256^digits / 2
+    assert ((worth - few.double()).abs() <= off * scale[:3, None]).all()
+
+
 def test_dequantize_is_the_reference():
     w, scale = weights(5, torch.int8)
     assert torch.equal(_gemm.dequantize(w, scale, torch.bfloat16), linear.dequantize(w, scale, torch.bfloat16))
