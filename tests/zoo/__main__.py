@@ -90,29 +90,34 @@ def line(result: Result, seconds: float) -> str:
     return " | ".join([f"{state:11} {result.model_type:26} {seconds:5.1f} s", cut, sites, *noted, *result.fallbacks])
 
 
-def totals(made: list[Result]) -> tuple[Counter, Counter]:
-    """The sites and the reasons of all types."""
-    sites, reasons = Counter(), Counter()
+def totals(made: list[Result]) -> tuple[Counter, Counter, Counter]:
+    """The sites of all types, those in bf16, and the reasons."""
+    sites, narrow, reasons = Counter(), Counter(), Counter()
     for result in made:
         sites += result.sites
+        narrow += result.narrow
         reasons += result.reasons
-    return sites, reasons
+    return sites, narrow, reasons
+
+
+def share(sites: Counter, kind: str) -> str:
+    found, fused = sites[kind, "found"], sites[kind, "fused"]
+    return f"{fused} of {found} ({fused / found:.1%})" if found else ""
 
 
 def summary(made: list[Result]) -> str:
-    sites, reasons = totals(made)
+    sites, narrow, reasons = totals(made)
     kinds = sorted({kind for kind, _ in sites})
     lines = [f"{sum(not r.wrong and not r.stock for r in made)} of {len(made)} types equal stock"]
     for kind in kinds:
-        found, fused = sites[kind, "found"], sites[kind, "fused"]
-        lines.append(f"  {kind}: {fused} of {found} sites fused, {fused / found:.1%}")
+        lines.append(f"  {kind}: {share(sites, kind)} sites fused, in bf16 {share(narrow, kind)}")
     lines += [f"  {count} {kind}: {reason}" for (kind, reason), count in reasons.most_common(15)]
     return "\n".join(lines)
 
 
 def as_json(result: Result) -> dict:
     fields = dict(vars(result))
-    for name in ("sites", "reasons"):
+    for name in ("sites", "narrow", "reasons"):
         fields[name] = {" | ".join(key): count for key, count in sorted(fields[name].items())}
     return fields
 
@@ -135,11 +140,9 @@ def dropped(result: Result, golden: dict, same: bool) -> list[str]:
 
 def page(head: str, made: list[Result], listed: Collection[str], device: str) -> str:
     """docs/models.md, or encoders.md, with the types ``listed`` in its table."""
-    sites, reasons = totals(made)
+    sites, narrow, reasons = totals(made)
     kinds = [kind for kind in ANCHORS if sites[kind, "found"]]
-    shares = [
-        f"{sites[k, 'fused']} of {sites[k, 'found']} ({sites[k, 'fused'] / sites[k, 'found']:.1%})" for k in kinds
-    ]
+    shares = [[name, *(share(of, kind) for kind in kinds)] for name, of in (("all", sites), ("in bf16", narrow))]
     rows = []
     for result in (result for result in made if result.model_type in listed):
         noted = "; ".join(f"{name}: {text}" for name, text in (result.wrong | result.stock).items()).replace("|", " ")
@@ -153,7 +156,7 @@ def page(head: str, made: list[Result], listed: Collection[str], device: str) ->
         device="a CPU" if device == "cpu" else torch.cuda.get_device_name(),
         fine=sum(not r.wrong and not r.stock for r in made),
         all=len(made),
-        totals=table(["", *kinds], [["all", *shares]]),
+        totals=table(["", *kinds], shares),
         reasons=most_frequent(reasons),
         types=(LEFT_OUT if len(rows) < len(made) else "") + table(["type", "result", "graphs", "breaks", *kinds], rows),
     )

@@ -21,18 +21,20 @@ LENGTH, PADDING = 12, 3  # of prompts, longer than a sliding window
 @dataclass
 class Result:
     """``wrong``: what differed from stock, by check; ``stock``: what stock raised, where nothing could be compared;
-    ``breaks``: why Dynamo cut a forward into several graphs."""
+    ``narrow``: the ``sites`` of the model in bf16; ``breaks``: why Dynamo cut a forward into several graphs."""
 
     model_type: str
     wrong: dict[str, str] = field(default_factory=dict)
     stock: dict[str, str] = field(default_factory=dict)
     sites: Counter = field(default_factory=Counter)
+    narrow: Counter = field(default_factory=Counter)
     reasons: Counter = field(default_factory=Counter)
     fallbacks: list[str] = field(default_factory=list)
     graphs: int = 0
     breaks: list[str] = field(default_factory=list)
 
-    def note(self, report: Report) -> None:
+    def note(self, report: Report, narrow: bool = False) -> None:
+        before = Counter(self.sites)
         self.graphs += len(report.graphs)
         self.breaks += [reason for reason in report.graph_breaks if reason not in self.breaks]
         for graph in report.graphs:
@@ -41,6 +43,8 @@ class Result:
                 self.sites[site.anchor, "fused"] += site.status == "fused"
                 if site.status != "fused":
                     self.reasons[site.anchor, site.reason] += 1
+        if narrow:
+            self.narrow += self.sites - before
 
 
 Differ = Callable[[Any, Any], str | None]
@@ -79,7 +83,7 @@ def same_compiled(
         compiled = torch.compile(model, backend="tinyfuse")
         for padding in paddings:
             same(result, f"{name}, padding {padding}", run, model, compiled, padding, differ(padding))
-    result.note(report)
+    result.note(report, narrow=name == "bfloat16")
 
 
 def _traced(model: PreTrainedModel) -> PreTrainedModel:
