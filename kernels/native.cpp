@@ -1049,19 +1049,19 @@ struct TablesArgs {
 
 namespace {
 
-constexpr i64 MOST_FREQUENCIES = 1024;  // MAX_HALF in rope_tables.py
-
 template <class X> void tables_row(const TablesArgs& a, float position, X* cos, X* sin) {
-  alignas(32) float c[MOST_FREQUENCIES], n[MOST_FREQUENCIES];
-  for (i64 i = 0; i < a.half; i++) {
-    float angle = position * a.frequencies[i];
-    c[i] = std::cos(angle) * (float)a.scale, n[i] = std::sin(angle) * (float)a.scale;
-  }
-  for (i64 first : {(i64)0, a.half})
-    for (i64 i = 0; i < a.half; i += 8) {
-      store_some(cos + first + i, load8(c + i), a.half - i);
-      store_some(sin + first + i, load8(n + i), a.half - i);
+  for (i64 i = 0; i < a.half; i += 8) {
+    alignas(32) float c[8] = {}, n[8] = {};
+    i64 left = std::min<i64>(8, a.half - i);
+    for (i64 j = 0; j < left; j++) {
+      float angle = position * a.frequencies[i + j];
+      c[j] = std::cos(angle) * (float)a.scale, n[j] = std::sin(angle) * (float)a.scale;
     }
+    for (i64 at : {i, a.half + i}) {
+      store_some(cos + at, load8(c), left);
+      store_some(sin + at, load8(n), left);
+    }
+  }
 }
 
 template <class X> void tables(const TablesArgs& a) {
