@@ -107,12 +107,24 @@ MANY = 1 << 15
 
 
 def supports_native(gate: Tensor, up: Tensor, act: str) -> str | None:
+    if _torch_is_faster(gate, act):
+        return f"torch's vectors of 512 bits are faster for more than {MANY} elements"
+    return _unfit(gate, up, act)
+
+
+def supports_torch(gate: Tensor, up: Tensor, act: str) -> str | None:
+    return _unfit(gate, up, act) if _torch_is_faster(gate, act) else "the CPU kernel is faster"
+
+
+def _torch_is_faster(gate: Tensor, act: str) -> bool:
+    return act in ("silu", "gelu") and gate.numel() > MANY and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def _unfit(gate: Tensor, up: Tensor, act: str) -> str | None:
     if act not in _native.ACTIVATIONS:
         return f"the CPU kernels know {', '.join(_native.ACTIVATIONS)}, not {act}"
     if gate.dtype not in _native.FLOATING or up.dtype != gate.dtype or up.shape != gate.shape:
         return "the CPU gated activation takes gate and up of one floating dtype and shape"
-    if act in ("silu", "gelu") and gate.numel() > MANY and torch.backends.cpu.get_cpu_capability() == "AVX512":
-        return f"torch's vectors of 512 bits are faster for more than {MANY} elements"
     return _native.reason(gate, up)
 
 
@@ -141,5 +153,6 @@ OP = register(
     kernels=[
         Kernel("triton", "cuda", supports_triton, run_triton),
         Kernel("native", "cpu", supports_native, run_native),
+        Kernel("torch", "cpu", supports_torch, reference),
     ],
 )

@@ -308,13 +308,15 @@ def test_long_inputs_use_all_threads(threads):
     )
 
 
-def test_prompts_leave_activations_to_wider_vectors(monkeypatch):
-    for capability, silu in (("AVX512", "512 bits"), ("AVX2", None)):
-        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
-        few, many = torch.ones(32, 1024), torch.ones(33, 1024)
-        assert gated_act.supports_native(few, few, "silu") is gated_act.supports_native(many, many, "relu") is None
-        reason = gated_act.supports_native(many, many, "silu")
-        assert reason is None if silu is None else silu in reason
+@pytest.mark.parametrize("capability, silu", [("AVX512", "torch"), ("AVX2", "native")])
+def test_prompts_leave_activations_to_wider_vectors(monkeypatch, capability, silu):
+    """Fused on both machines alike: which kernel runs is the op's choice."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    few, many = torch.ones(32, 1024), torch.ones(33, 1024)
+    chosen = [gated_act.OP.choose(x, x, act)[0] for x, act in ((few, "silu"), (many, "relu"), (many, "silu"))]
+    assert [kernel.name for kernel in chosen] == ["native", "native", silu]
+    assert gated_act.OP.choose(many, many.double(), "silu")[0] is None
+    assert torch.equal(chosen[2].run(many, many, "relu"), many)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
