@@ -5,10 +5,10 @@
 Random weights, greedy, through ``tinyfuse.optimize`` and ``model.generate``; the median of interleaved repeats.
 ``stock-static`` is ``generate`` with a static cache. ``stock-step`` is transformers' forward under ``torch.compile``
 (Inductor, CUDA graphs) on a static cache, called in a bare loop; ``torchao-step`` the same after torchao's int8
-weight-only quantisation, with coordinate descent tuning. Their cache is as long as the tokens need, in the cases named
-1k as long as a service would allocate it that does not compile for each length. The kernels of a step come from the
-profiler: ``us`` is the time by which a kernel moved the end of the step, so that overlapping launches add up to the
-step. Appends to decode-<gpu>.json.
+weight-only quantisation, with coordinate descent tuning. Their cache is as long as the tokens need, in the cases
+b8-1k and b32-1k as long as a service would allocate it that does not compile for each length. The kernels of a step
+come from the profiler: ``us`` is the time by which a kernel moved the end of the step, so that overlapping launches add
+up to the step. Appends to decode-<gpu>.json.
 """
 
 from __future__ import annotations

@@ -380,7 +380,7 @@ def plan(rows: int, programs: int, Skv: int, width: int, itemsize: int, device: 
             return Plan(block_r, max(16, 4096 // key), 1, 1, 3)
         splits, warps, stages = int(wave), 4, 2
         if wide_group and wave >= 4:
-            splits, warps, stages = int(wave / 2), 8, 3
+            splits, warps, stages = alone, 8, 3
         elif wide_group:
             large, stages = max(16, large // 2), 3
         return Plan(block_r, large, max(1, min(splits, triton.cdiv(Skv, large), MAX_SPLITS)), warps, stages)

@@ -172,9 +172,11 @@ def tile_of(at, k, start, K: tl.constexpr, BLOCK_K: tl.constexpr):
 
 
 @lru_cache(4096)
-def _bind_split(m: int, k: int, count: int, padded: int, tiles: int, stride: int, ahead: bool, *_types: Any) -> Launch:
+def _bind_split(
+    m: int, k: int, count: int, padded: int, tiles: int, stride: int, ahead: bool, device: torch.device, *_dtype: Any
+) -> Launch:
     block = triton.next_power_of_2(k)
-    piece = PIECE if m * triton.cdiv(k, PIECE) <= 132 else block
+    piece = PIECE if m * triton.cdiv(k, PIECE) <= limits(device)[0] else block
     scalars = stride, padded, tiles, k, count, block, piece, ahead
     return Launch(_split, (m, triton.cdiv(k, piece)), scalars, min(16, max(4, block // 512)), ahead)
 
@@ -191,7 +193,7 @@ def split(x: Tensor, count: int, padded: int, tiles: int) -> tuple[Tensor, Tenso
     ``tiles`` zeros behind them."""
     m, k = x.shape
     digits, scale = digit_buffers(x, count, padded, tiles)
-    _bind_split(m, k, count, padded, tiles, x.stride(0), pdl(x.device), x.dtype, x.device)(x, digits, scale)
+    _bind_split(m, k, count, padded, tiles, x.stride(0), pdl(x.device), x.device, x.dtype)(x, digits, scale)
     return digits, scale
 
 

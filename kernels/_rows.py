@@ -159,11 +159,15 @@ def layout(
     )  # fmt: skip
 
 
-def plan(place: Layout) -> tuple[Rows, Tile]:
-    """The rows of x, residual, total and y, where x and y stand in for what is absent, and the tile."""
+def plan(place: Layout) -> tuple[Rows, Tile, tuple[int, ...]]:
+    """The rows of x, residual, total and y, where x and y stand in for what is absent, the tile, and how far the
+    columns of each lie apart. Where they do, rows lie beside each other: 16 of them are a sector of memory."""
     strides = place.x, place.residual or place.x, place.total or place.y, place.y
     rows = merge(place.shape[:-1], *(s[:-1] for s in strides))
-    return rows, tile(place.shape[-1], rows.count > 1024)
+    columns, best = tuple([s[-1] for s in strides]), tile(place.shape[-1], rows.count > 1024)
+    if columns != (1, 1, 1, 1):
+        best = Tile(best.block_n, max(1, min(16, MAX_BLOCK // best.block_n)), 16)
+    return rows, best, columns
 
 
 @jit

@@ -82,12 +82,9 @@ def _layer_norm(
 
 @lru_cache(4096)
 def bind(place: _rows.Layout, eps: float) -> Launch:
-    rows, tile = _rows.plan(place)
-    columns = place.x[-1], (place.residual or place.x)[-1], (place.total or place.y)[-1]
-    if columns != (1, 1, 1):  # 16 rows, which then lie beside each other, are a sector of memory
-        tile = _rows.Tile(tile.block_n, max(1, min(16, _rows.MAX_BLOCK // tile.block_n)), 16)
+    rows, tile, columns = _rows.plan(place)
     scalars = (
-        rows.count, eps, *rows.sizes, *rows.strides, *columns,
+        rows.count, eps, *rows.sizes, *rows.strides, *columns[:3],
         place.shape[-1], tile.block_n, tile.rows, rows.dims, place.ahead,
     )  # fmt: skip
     return Launch(_layer_norm, (triton.cdiv(rows.count, tile.rows),), scalars, tile.warps, place.ahead)

@@ -76,7 +76,7 @@ def _rms_norm(
 
 @lru_cache(4096)
 def bind(place: _rows.Layout, eps: float, unit_offset: bool, cast_first: bool) -> Launch:
-    rows, tile = _rows.plan(place)
+    rows, tile, _ = _rows.plan(place)
     scalars = (
         rows.count, eps, *rows.sizes, *rows.strides,
         place.shape[-1], tile.block_n, tile.rows, rows.dims, unit_offset, cast_first, place.ahead,

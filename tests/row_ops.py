@@ -43,11 +43,6 @@ def rows(layout, N, dtype, device, lead=(2, 3, 5)):
     return x.to(dtype)
 
 
-def patches(N, dtype, device, b=2, s=5):
-    """Random [b, s, N] as a convolution over patches leaves it: the columns of a row lie s apart."""
-    return torch.randn(b, N, s, device=device).to(dtype).transpose(1, 2)
-
-
 def weights(shape, dtype, device):
     """[..., N, K] in ``dtype`` and None, or int8 and scales."""
     w = torch.randn(shape, device=device) / shape[-1] ** 0.5
@@ -120,6 +115,15 @@ def check_norm(op, x, residual, weight, bias, flags=(False, True), eps=1e-5):
         out, eager = out[1], eager[1]
     assert_as_exact_as_eager(op.__name__.rpartition(".")[2], out, eager, exact)
     return out, eager
+
+
+def check_norm_of_patches(op, N, dtype, device, b=2, s=5):
+    """Of [b, s, N] as a convolution over patches leaves it: columns lie s apart, those of a residual too or not."""
+    x = torch.randn(b, N, s, device=device).to(dtype).transpose(1, 2)
+    weight, bias = norm_weights(N, dtype, device)[0]
+    residual = residual_like(op, x)
+    for more in (None,) if residual is None else (residual, x + 1):
+        check_norm(op, x, more, weight, bias)
 
 
 def norm_weights(N, dtype, device):

@@ -43,10 +43,7 @@ def test_norm_errors(op, N):
 @pytest.mark.parametrize("b, s", [(1, 196), (3, 197)])
 def test_the_columns_of_patches(op, N, b, s):
     for dtype in DTYPES:
-        x = row_ops.patches(N, dtype, "cuda", b, s)
-        weight, bias = row_ops.norm_weights(N, dtype, "cuda")[0]
-        for residual in (row_ops.residual_like(op, x), x + 1 if op is add_layer_norm else None):
-            row_ops.check_norm(op, x, residual, weight, bias)
+        row_ops.check_norm_of_patches(op, N, dtype, "cuda", b, s)
 
 
 @pytest.mark.parametrize("dtype, weight_dtype", list(itertools.product(DTYPES, DTYPES)))

@@ -166,9 +166,8 @@ def test_digits_of_long_rows(digits):
     alike, scale_alike = _gemm.split(many, digits, 60, 0)
     assert torch.equal(made, alike[:, :3]) and torch.equal(scale[:3], scale_alike[:3]) and not scale[3:].any()
     worth = sum(d.double() * 256**i for i, d in enumerate(made.flip(0))) * scale[:3, None].double()
-    off = (
-        0.5 + 3 * 2**-24 * 256**digits / 2
-    )  # a rounding to integers, and three in fp32 of what is scaled to 256^digits / 2
+    # One rounding to integers, and three in fp32 of what is scaled to 256^digits / 2.
+    off = 0.5 + 3 * 2**-24 * 256**digits / 2
     assert ((worth - few.double()).abs() <= off * scale[:3, None]).all()
 
 

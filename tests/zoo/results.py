@@ -34,17 +34,18 @@ class Result:
     breaks: list[str] = field(default_factory=list)
 
     def note(self, report: Report, narrow: bool = False) -> None:
-        before = Counter(self.sites)
+        sites = Counter()
         self.graphs += len(report.graphs)
         self.breaks += [reason for reason in report.graph_breaks if reason not in self.breaks]
         for graph in report.graphs:
             for site in graph.sites:
-                self.sites[site.anchor, "found"] += 1
-                self.sites[site.anchor, "fused"] += site.status == "fused"
+                sites[site.anchor, "found"] += 1
+                sites[site.anchor, "fused"] += site.status == "fused"
                 if site.status != "fused":
                     self.reasons[site.anchor, site.reason] += 1
+        self.sites.update(sites)
         if narrow:
-            self.narrow += self.sites - before
+            self.narrow.update(sites)
 
 
 Differ = Callable[[Any, Any], str | None]
