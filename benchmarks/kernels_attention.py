@@ -133,10 +133,10 @@ def decode_variants(case: Case, sweep: bool) -> dict[str, Callable]:
         variants["tinyfuse no mask"] = ours(decoding.decode, masked=False)
     if sweep and case.live in (2048, 32768) and case.live == case.Skv:
         n = max(1, 128 // case.D)
-        for block_n, warps, stages in [(64, 4, 3), (32, 2, 3), (32, 2, 4), (16, 1, 4)]:
+        for block_n, registers in [(64, None), (32, 128), (32, None), (16, 128)]:
             for per_sm in (2, 4):
-                splits = max(1, min(per_sm * 132 // case.Hkv, case.Skv // (block_n * n), 128))
-                plan = decoding.Plan(16, block_n * n, splits, warps, stages)
+                splits = max(1, min(per_sm * 132 // case.Hkv, case.Skv // (block_n * n), 64))
+                plan = decoding.Plan(16, block_n * n, splits, registers)
                 variants[str(tuple(plan))] = in_step(plan)
     return variants
 

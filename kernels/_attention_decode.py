@@ -1,11 +1,13 @@
 """Attention of a few query rows over a long cache, split along the keys (Flash-Decoding, Dao et al., 2023).
 
 Split s of S takes key blocks s, s + S, s + 2S, ... so that the written part of a static cache is spread
-over all splits whatever its length, and the grid depends on the cache alone. For a bool mask a split first
-narrows its blocks to those that hold a True, then loads only the keys and values of positions that some
-row attends: the unwritten part of a cache costs one byte per position. Scores are in units of log2 e.
-The splits of a row are merged by the row's program that finishes last, or by a second kernel where that is much for
-one program. The order of the additions is the same in both and depends on no program's speed.
+over all splits whatever its length, and the grid depends on the cache alone. Scores are in units of log2 e. A second
+kernel merges the splits of a row.
+
+Attention of one row by a bool mask, which is where tokens come from, gets the bounds of the mask: keys and values are
+then loaded without a look at it, each block during the one before. Without bounds a split first narrows its blocks to
+those that hold a True, and loads only the positions that some row attends: the unwritten part of a cache costs one byte
+per position.
 """
 
 from __future__ import annotations
@@ -16,26 +18,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tinyfuse.kernels._counters import counters, is_last
-from tinyfuse.kernels._triton import jit, pdl, start, tl, triton
+from tinyfuse.kernels._triton import interpreted, jit, pdl, start, tl, triton
 from tinyfuse.kernels.rope import table_strides
 
 MASK_NONE, MASK_BOOL, MASK_FLOAT = 0, 1, 2
 MAX_ROWS = 16
 MAX_SPLITS = 64
-# A program of `_decode` merges at most so many numbers (splits x rows x head_dim, each padded to a power of two): with
-# 8192 it takes 2 to 3 µs longer than a kernel that merges twice as many splits.
-MERGED = 4096
+WARPS = 4
+STAGES = 3  # of the loop that waits for a mask
+BLOCK_BYTES = 8192  # of keys that one program has in registers, and as many of values
 
 
 class Plan(NamedTuple):
-    """Rows per program, keys per block, splits of the keys, warps, pipeline stages."""
+    """Rows per program, keys per block, splits of the keys, the most registers per thread."""
 
     block_r: int
     block_n: int
     splits: int
-    warps: int
-    stages: int
+    registers: int | None = None
 
 
 def in_log2(scale: float, softcap: float | None) -> tuple[float, float | None]:
@@ -106,47 +106,6 @@ def _block_mask(
 
 
 @jit
-def _fold(x, STEPS: tl.constexpr):
-    """Sum over the first of three axes, of length 2 ** ``STEPS``: one addition an element each time, whose terms
-    may swap, so that the bits depend on no layout."""
-    for _ in tl.static_range(STEPS):
-        x = tl.sum(tl.reshape(x, [2, x.shape[0] // 2, x.shape[1], x.shape[2]]), 0)
-    return x
-
-
-@jit
-def _merge(out, partial, stats, row, row_ok, splits, DV: tl.constexpr, BLOCK_DV: tl.constexpr, STEPS: tl.constexpr):
-    """Store rows ``row`` [1, rows, 1] of ``out``, each of ``splits`` <= 2 ** ``STEPS`` splits.
-
-    Past L1 (.cg), which does not see what other programs of the same launch have written."""
-    s = tl.arange(0, 1 << STEPS)[:, None, None]
-    e = tl.arange(0, BLOCK_DV)[None, None, :]
-    slot = row * splits + s
-    inside = row_ok & (s < splits)
-    top = tl.load(stats + slot * 2, mask=inside, other=float("-inf"), cache_modifier=".cg")
-    total = tl.load(stats + slot * 2 + 1, mask=inside, other=0.0, cache_modifier=".cg")
-    acc = tl.load(partial + slot * DV + e, mask=inside & (e < DV), other=0.0, cache_modifier=".cg")
-    best = tl.max(top, 0)[None, :, :]
-    weight = tl.exp2(top - tl.where(best == float("-inf"), 0.0, best))
-    # fma with 0: a product that the compiler may fuse with an addition would have other bits in some layouts.
-    total = _fold(tl.fma(total, weight, 0.0), STEPS)
-    result = _fold(tl.fma(acc, weight, 0.0), STEPS) / tl.where(total == 0.0, 1.0, total)
-    tl.store(out + row * DV + e, result, mask=row_ok & (e < DV))
-
-
-@jit
-def _merge_if_last(
-    out, partial, stats, counter, b, kv_head, first_row, H, Sq, splits, GROUP: tl.constexpr,
-    DV: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr,
-):  # fmt: skip
-    """``ROWS`` from ``first_row`` on, in the last of the ``splits`` programs that add to ``counter``."""
-    if is_last(counter, splits):
-        r = first_row + tl.arange(0, ROWS)[None, :, None]
-        row = (b * Sq + r % Sq) * H + kv_head * GROUP + r // Sq
-        _merge(out, partial, stats, row, r < GROUP * Sq, splits, DV, BLOCK_DV, STEPS)
-
-
-@jit
 def _partner(x, d, mask, R: tl.constexpr, INTERLEAVED: tl.constexpr):
     """What rotation mixes with columns ``d`` of the rows at ``x``: the other half, or the other of a pair."""
     other = (d ^ 1) if INTERLEAVED else tl.where(d < R // 2, d + R // 2, d - R // 2)
@@ -154,52 +113,35 @@ def _partner(x, d, mask, R: tl.constexpr, INTERLEAVED: tl.constexpr):
 
 
 @jit
-def _load(
-    i, split, splits, k, v, k_n, v_n, mask, mask_n, at, first, last, read, row, rows_ok, KIND: tl.constexpr,
-    BY_ROW: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-):  # fmt: skip
-    """Block i of a split, but for the key at ``at``: keys, values and the bias of the scores."""
-    d, e = tl.arange(0, BLOCK_D)[None, :], tl.arange(0, BLOCK_DV)[None, :]
-    start = tl.cast((split + i * splits) * BLOCK_N, tl.int64)
-    tile = tl.arange(0, BLOCK_N)
-    n = start + tile
-    keep, bias = _block_mask(mask, mask_n, n, first, last, read, row, rows_ok, KIND, BY_ROW, CAUSAL)
-    keep = (keep & (n != at))[:, None]
-    key = tl.load(k + start * k_n + (tile[:, None] * k_n + d), mask=keep & (d < D), other=0.0)
-    value = tl.load(v + start * v_n + (tile[:, None] * v_n + e), mask=keep & (e < DV), other=0.0)
-    return key, value, tl.where((n != at)[None, :], bias, float("-inf"))
+def _stay(x, ASM: tl.constexpr):
+    """x, computed in the layout it has: Triton would do so in that of an operand of a product, in every warp anew."""
+    if ASM and x.dtype.primitive_bitwidth == 16:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], x.dtype, False, 2)
+    elif ASM:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [x], x.dtype, False, 1)
+    else:
+        return x
 
 
 @jit
-def _attend(top, total, acc, query, key, value, bias, scale, cap):
-    """The largest score, the sum and the weighted values of each row after more keys."""
-    score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
-    if cap is not None:
-        score = capped(score, cap)
-    score += bias
-    higher = tl.maximum(top, tl.max(score, 1))
-    shift = tl.where(higher == float("-inf"), 0.0, higher)
-    p = tl.exp2(score - shift[:, None])
-    decay = tl.exp2(top - shift)
-    acc = tl.dot(p.to(value.dtype), value, acc * decay[:, None], input_precision="ieee")
-    return higher, total * decay + tl.sum(p, 1), acc
+def _load(x, x_n: tl.constexpr, start, keep, N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows ``start`` ... ``start`` + N - 1 of x, those that ``keep`` [N]."""
+    n, d = tl.arange(0, N)[:, None], tl.arange(0, BLOCK_D)[None, :]
+    return tl.load(x + start.to(tl.int64) * x_n + (n * x_n + d), mask=keep[:, None] & (d < D), other=0.0)
 
 
 @jit
 def _decode(
-    q, k, v, mask, bounds, out, partial, stats, counters, new_k, new_v, cos, sin, pos, scale, cap, H, Sq, Skv, splits,
-    q_b, q_h, q_m, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, mask_h, mask_m, mask_n,
+    q, k, v, mask, bounds, out, partial, stats, new_k, new_v, cos, sin, pos, scale, cap, H, Sq, Skv, splits,
+    q_b, q_h, q_m, k_b, k_h, k_n: tl.constexpr, v_b, v_h, v_n: tl.constexpr, mask_b, mask_h, mask_m, mask_n,
     new_k_b, new_k_h, new_v_b, new_v_h, cos_b, cos_r, sin_b, sin_r,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     ROW_BLOCKS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, SCAN: tl.constexpr, STAGES: tl.constexpr,
     KIND: tl.constexpr, BY_ROW: tl.constexpr, CAUSAL: tl.constexpr, SPLIT: tl.constexpr,
-    MERGE_ROWS: tl.constexpr, MERGE_STEPS: tl.constexpr, R: tl.constexpr, INTERLEAVED: tl.constexpr, PDL: tl.constexpr,
+    R: tl.constexpr, INTERLEAVED: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """``MERGE_ROWS``: the power of two that holds the rows of a program, or 0 to leave them to ``_combine``.
-
-    With ``new_k`` q and it are rotated first, and it and ``new_v`` are position ``pos`` of the cache: the program whose
-    split that is in writes them there, and ends with their score instead of reading them back."""
+    """With ``new_k``, q and it are turned first, and it and ``new_v`` are position ``pos`` of the cache: the program
+    that has that position writes them there, and puts them into their block of keys instead of reading them back."""
     split = tl.program_id(0)
     kv_head = tl.program_id(1).to(tl.int64)
     first_row = (tl.program_id(2) % ROW_BLOCKS) * BLOCK_R
@@ -226,6 +168,7 @@ def _decode(
     if bounds is not None:
         bounds += b * 4
         first, last, read = tl.load(bounds), tl.load(bounds + 1), tl.load(bounds + 2)
+        read = tl.where(read > first, read, 0)
     query = tl.load(q_ptr + column, mask=q_mask, other=0.0)
     at = -1
     if new_k is not None:
@@ -264,73 +207,66 @@ def _decode(
                     begin, end = _live_blocks(line, mask_n, Skv, split, splits, blocks, BLOCK_N, SCAN)
                     lo = tl.minimum(lo, begin)
                     hi = tl.maximum(hi, end)
-    # Blocks from ``plain`` on need no look at the mask, which would hold up the loads of keys and values. The first of
-    # them, whose keys are all masked if there is none, is on its way before the query is turned.
-    UNMASKED: tl.constexpr = KIND == 0 or bounds is not None
-    plain = hi
-    if bounds is not None:
-        plain = tl.where(read > first, hi, lo)
-    elif KIND == 0:
-        plain = lo
-    if UNMASKED:
-        key, value, bias = _load(
-            plain, split, splits, k, v, k_n, v_n, mask_ptr, mask_n, at, first, last, read, row, rows_ok, 0, False,
-            CAUSAL, BLOCK_N, D, DV, BLOCK_D, BLOCK_DV,
-        )  # fmt: skip
+    # Without a mask, or with its bounds, keys and values are loaded before a look at it. Each block is on its way while
+    # the one before is worked on, the first while the query is turned.
+    AHEAD: tl.constexpr = KIND == 0 or bounds is not None
+    tile = tl.arange(0, BLOCK_N)
+    if AHEAD:
+        start = (split + lo * splits) * BLOCK_N
+        keep = (start + tile >= first) & (start + tile < last)
+        key = _load(k, k_n, start, keep, BLOCK_N, D, BLOCK_D)
+        value = _load(v, v_n, start, keep, BLOCK_N, DV, BLOCK_DV)
+    at_block = -1
     if new_k is not None:
         sign = tl.where((column % 2 == 0) if INTERLEAVED else (column < R // 2), -1.0, 1.0)
         cf, sf = c.to(tl.float32), s.to(tl.float32) * sign
         query = (query.to(tl.float32) * cf + q_other.to(tl.float32) * sf).to(q.dtype.element_ty)
-        query = tl.broadcast_to(query, [BLOCK_R, BLOCK_D])
-        key_row = (k_new.to(tl.float32) * cf + k_other.to(tl.float32) * sf).to(k.dtype.element_ty)
+        query = _stay(tl.broadcast_to(query, [BLOCK_R, BLOCK_D]), ASM)
+        k_new = (k_new.to(tl.float32) * cf + k_other.to(tl.float32) * sf).to(k.dtype.element_ty)
+        if (at >= 0) & (at < Skv) & ((at // BLOCK_N) % splits == split):
+            at_block = (at // BLOCK_N).to(tl.int32) // splits
+        tl.store(k + at * k_n + column, k_new, mask=column < tl.where(at_block >= 0, D, 0))
+        tl.store(v + at * v_n + e[None, :], v_new, mask=e[None, :] < tl.where(at_block >= 0, DV, 0))
 
     top = tl.full([BLOCK_R], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_R], tl.float32)
     acc = tl.zeros([BLOCK_R, BLOCK_DV], tl.float32)
-    if UNMASKED:
-        top, total, acc = _attend(top, total, acc, query, key, value, bias, scale, cap)
-    if KIND != 0:
-        for i in tl.range(lo, plain, num_stages=STAGES):
-            key, value, bias = _load(
-                i, split, splits, k, v, k_n, v_n, mask_ptr, mask_n, at, first, last, read, row, rows_ok, KIND, BY_ROW,
-                CAUSAL, BLOCK_N, D, DV, BLOCK_D, BLOCK_DV,
-            )  # fmt: skip
-            top, total, acc = _attend(top, total, acc, query, key, value, bias, scale, cap)
-    if UNMASKED:
-        for i in tl.range(plain + 1, hi, num_stages=STAGES):
-            key, value, bias = _load(
-                i, split, splits, k, v, k_n, v_n, mask_ptr, mask_n, at, first, last, read, row, rows_ok, 0, False,
-                CAUSAL, BLOCK_N, D, DV, BLOCK_D, BLOCK_DV,
-            )  # fmt: skip
-            top, total, acc = _attend(top, total, acc, query, key, value, bias, scale, cap)
-    if new_k is not None:
-        mine = (at >= 0) & (at < Skv) & ((at // BLOCK_N) % splits == split)
-        tl.store(k + at * k_n + column, key_row, mask=column < tl.where(mine, D, 0))
-        tl.store(v + at * v_n + e[None, :], v_new, mask=e[None, :] < tl.where(mine, DV, 0))
-        _, new_bias = _block_mask(
-            mask_ptr, mask_n, at + tl.arange(0, 1), first, last, read, row, rows_ok, KIND, BY_ROW, CAUSAL
-        )
-        new_score = tl.sum(query.to(tl.float32) * key_row.to(tl.float32), 1) * scale
+    for i in tl.range(lo, hi, num_stages=1 if AHEAD else STAGES):
+        start = (split + i * splits) * BLOCK_N
+        n = start + tile
+        if AHEAD:
+            _, bias = _block_mask(mask_ptr, mask_n, n, first, last, read, row, rows_ok, 0, False, CAUSAL)
+            if KIND != 0 and start < read:
+                keep, bias = _block_mask(mask_ptr, mask_n, n, first, last, read, row, rows_ok, KIND, BY_ROW, CAUSAL)
+                key, value = tl.where(keep[:, None], key, 0.0), tl.where(keep[:, None], value, 0.0)
+        else:
+            keep, bias = _block_mask(mask_ptr, mask_n, n, first, last, read, row, rows_ok, KIND, BY_ROW, CAUSAL)
+            key = _load(k, k_n, start, keep, BLOCK_N, D, BLOCK_D)
+            value = _load(v, v_n, start, keep, BLOCK_N, DV, BLOCK_DV)
+        if new_k is not None and i == at_block:
+            key, value = tl.where((n == at)[:, None], k_new, key), tl.where((n == at)[:, None], v_new, value)
+        score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
         if cap is not None:
-            new_score = capped(new_score, cap)
-        new_score = tl.where(mine, tl.sum(new_score[:, None] + new_bias, 1), float("-inf"))
-        higher = tl.maximum(top, new_score)
+            score = capped(score, cap)
+        score += bias
+        if AHEAD:
+            start += splits * BLOCK_N
+            key = _load(k, k_n, start, start + tile < last, BLOCK_N, D, BLOCK_D)
+        higher = tl.maximum(top, tl.max(score, 1))
         shift = tl.where(higher == float("-inf"), 0.0, higher)
-        p, decay = tl.exp2(new_score - shift), tl.exp2(top - shift)
-        top, total = higher, total * decay + p
-        acc = acc * decay[:, None] + p[:, None] * v_new.to(tl.float32)
-
+        p = tl.exp2(score - shift[:, None])
+        decay = tl.exp2(top - shift)
+        acc = tl.dot(p.to(v.dtype.element_ty), value, acc * decay[:, None], input_precision="ieee")
+        if AHEAD:
+            value = _load(v, v_n, start, start + tile < last, BLOCK_N, DV, BLOCK_DV)
+        total = total * decay + tl.sum(p, 1)
+        top = higher
     out_row = (b * Sq + row) * H + head
     if SPLIT:
         slot = out_row * splits + split
         tl.store(stats + slot * 2, top, mask=rows_ok)
         tl.store(stats + slot * 2 + 1, total, mask=rows_ok)
         tl.store(partial + slot[:, None] * DV + e[None, :], acc, mask=rows_ok[:, None] & (e < DV)[None, :])
-        if MERGE_ROWS:
-            _merge_if_last(
-                out, partial, stats, counters + tl.program_id(2) * tl.num_programs(1) + tl.program_id(1),
-                b, kv_head, first_row, H, Sq, splits, GROUP, DV, BLOCK_DV, MERGE_ROWS, MERGE_STEPS,
-            )  # fmt: skip
     else:
         result = acc / tl.where(total == 0.0, 1.0, total)[:, None]
         tl.store(out + out_row[:, None] * DV + e[None, :], result, mask=rows_ok[:, None] & (e < DV)[None, :])
@@ -338,13 +274,24 @@ def _decode(
 
 @jit
 def _combine(
-    out, partial, stats, splits, DV: tl.constexpr, BLOCK_DV: tl.constexpr, STEPS: tl.constexpr, PDL: tl.constexpr
+    out, partial, stats, splits, DV: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
+    """``COLUMNS`` of a row of ``out``, of ``splits`` <= ``SPLITS`` splits."""
     if PDL:
-        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)[None, :, None]
-    _merge(out, partial, stats, row, row >= 0, splits, DV, BLOCK_DV, STEPS)
+        tl.extra.cuda.gdc_wait()
+    row = tl.program_id(0).to(tl.int64)
+    e = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    s = tl.arange(0, SPLITS)[:, None]
+    slot = row * splits + s
+    top = tl.load(stats + slot * 2, mask=s < splits, other=float("-inf"))
+    total = tl.load(stats + slot * 2 + 1, mask=s < splits, other=0.0)
+    acc = tl.load(partial + slot * DV + e, mask=(s < splits) & (e < DV), other=0.0)
+    best = tl.max(top, 0)[None, :]
+    weight = tl.exp2(top - tl.where(best == float("-inf"), 0.0, best))
+    total = tl.sum(total * weight, 0)[None, :]
+    result = tl.sum(acc * weight, 0)[None, :] / tl.where(total == 0.0, 1.0, total)
+    tl.store(out + row * DV + e, result, mask=e < DV)
 
 
 @cache
@@ -356,39 +303,22 @@ def _multiprocessors(device: torch.device) -> int:
 def plan(rows: int, programs: int, Skv: int, width: int, itemsize: int, device: torch.device) -> Plan:
     """rows: query rows that share a kv head; programs: batch times kv heads; width: the larger padded head_dim.
 
-    As measured in whole decode steps on an H200. Few blocks: each program loads all of its keys and values at once,
-    with 8 warps if a multiprocessor has one program, which has no registers for two of them. Else they come in blocks,
-    some on their way, for two programs to a multiprocessor or, where several rows share wide keys, for one of 8 warps.
-    Beyond four, which hide each other's latency, one warp and small blocks are faster.
+    As measured in whole decode steps on an H200. Four programs of up to 16 rows fit a multiprocessor with blocks of
+    ``BLOCK_BYTES``, two with larger ones; together they fill it once. Programs enough for all of them and few blocks
+    are not worth a merge, which takes 2 µs.
     """
     block_r = min(64, max(16, triton.next_power_of_2(rows)))
-    processors = _multiprocessors(device)
-    wave = 2 * processors / (programs * triton.cdiv(rows, block_r))
     key = width * itemsize
-    wide_group = rows > 1 and key >= 256
-    block_n, large = max(16, min(128, 32768 // key)), max(16, min(128, 16384 // key))
-    blocks, smaller = triton.cdiv(Skv, block_n), triton.cdiv(Skv, large)
-    if block_r == 16:
-        alone = min(processors // programs, MAX_SPLITS)
-        if wide_group and smaller <= alone:
-            return Plan(block_r, large, smaller, 8, 1)
-        if blocks <= min(alone, 4):
-            return Plan(block_r, block_n, blocks, 8, 1)
-        if not wide_group and blocks <= min(wave, MAX_SPLITS):
-            return Plan(block_r, block_n, blocks, 4, 1)
-        if wave < 0.5 and rows == 1 and key <= 256:
-            return Plan(block_r, max(16, 4096 // key), 1, 1, 3)
-        splits, warps, stages = int(wave), 4, 2
-        if wide_group and wave >= 4:
-            splits, warps, stages = alone, 8, 3
-        elif wide_group:
-            large, stages = max(16, large // 2), 3
-        return Plan(block_r, large, max(1, min(splits, triton.cdiv(Skv, large), MAX_SPLITS)), warps, stages)
-    block_n = max(16, min(128, 8192 // key))
+    programs *= triton.cdiv(rows, block_r)
+    block_n = max(32 if block_r == 16 else 16, min(128, BLOCK_BYTES // key))
     blocks = triton.cdiv(Skv, block_n)
-    # Two programs per multiprocessor, or four small ones once each has 8 blocks: partial results stay few.
-    splits = int(max(wave, min(2 * wave, blocks / 8)))
-    return Plan(block_r, block_n, max(1, min(splits, blocks, MAX_SPLITS)), 4, 3)
+    registers = 128 if block_r == 16 and block_n * key <= BLOCK_BYTES else None
+    wave = (4 if registers else 2) * _multiprocessors(device) / programs
+    if block_r > 16:  # four small programs once each has 8 blocks: partial results stay few
+        splits = int(max(wave, min(2 * wave, blocks / 8)))
+    else:
+        splits = 1 if programs >= _multiprocessors(device) and blocks <= 8 else int(wave)
+    return Plan(block_r, block_n, max(1, min(splits, blocks, MAX_SPLITS)), registers)
 
 
 def mask_strides(mask: Tensor | None) -> tuple[int, int, int, int]:
@@ -447,25 +377,20 @@ def decode(
         per_split = triton.cdiv(triton.cdiv(Skv, p.block_n), p.splits)
         scan = min(triton.next_power_of_2(max(1, per_split)), 2048 // p.block_n)
     ahead = pdl(q.device)
-    options = {"num_warps": p.warps, "launch_pdl": True} if ahead else {"num_warps": p.warps}
+    options = {"launch_pdl": True} if ahead else {}
     row_blocks = triton.cdiv(group * Sq, p.block_r)
-    steps = (p.splits - 1).bit_length()
-    merge_rows = triton.next_power_of_2(min(p.block_r, group * Sq))
-    counted = None
-    if split and (merge_rows * block_dv << steps) <= MERGED:
-        counted = counters(q.device, p.splits, kv_heads * B * row_blocks)
-    merge = (0, 0) if counted is None else (merge_rows, steps)
     start(
         _decode, (p.splits, kv_heads, B * row_blocks),
-        q, k, v, mask, bounds, out, partial, stats, counted, *(new[:5] if new else (None,) * 5),
+        q, k, v, mask, bounds, out, partial, stats, *(new[:5] if new else (None,) * 5),
         *in_log2(scale, softcap), H, Sq, Skv, p.splits,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *strides, *_strides_of_new(new),
-        group, D, DV, block_d, block_dv, row_blocks, p.block_r, p.block_n, scan, p.stages,
-        kind, by_row, is_causal, split, *merge, *((new.cos.shape[3], new.interleaved) if new else (0, False)),
-        ahead,
-        **options,
+        group, D, DV, block_d, block_dv, row_blocks, p.block_r, p.block_n, scan, STAGES,
+        kind, by_row, is_causal, split, *((new.cos.shape[3], new.interleaved) if new else (0, False)), ahead,
+        not interpreted(), num_warps=WARPS, maxnreg=p.registers, **options,
     )  # fmt: skip
-    if split and counted is None:
-        options["num_warps"] = 2 if block_dv << steps <= 8192 else 4  # 8 cost 2 µs
-        start(_combine, (rows,), out, partial, stats, p.splits, DV, block_dv, steps, ahead, **options)
+    if split:
+        columns = min(32, block_dv)
+        grid = rows, triton.cdiv(DV, columns)
+        splits = triton.next_power_of_2(p.splits)
+        start(_combine, grid, out, partial, stats, p.splits, DV, columns, splits, ahead, num_warps=1, **options)
     return out.transpose(1, 2)

@@ -175,10 +175,15 @@ def tile_of(at, k, start, K: tl.constexpr, BLOCK_K: tl.constexpr):
 def _bind_split(
     m: int, k: int, count: int, padded: int, tiles: int, stride: int, ahead: bool, device: torch.device, *_dtype: Any
 ) -> Launch:
+    block, piece, grid, warps = pieces(m, k, device)
+    return Launch(_split, grid, (stride, padded, tiles, k, count, block, piece, ahead), warps, ahead)
+
+
+def pieces(m: int, k: int, device: torch.device) -> tuple[int, int, tuple[int, int], int]:
+    """(a row padded, the columns of it whose digits a program makes, grid, warps)."""
     block = triton.next_power_of_2(k)
     piece = PIECE if m * triton.cdiv(k, PIECE) <= limits(device)[0] else block
-    scalars = stride, padded, tiles, k, count, block, piece, ahead
-    return Launch(_split, (m, triton.cdiv(k, piece)), scalars, min(16, max(4, block // 512)), ahead)
+    return block, piece, (m, triton.cdiv(k, piece)), min(16, max(4, block // 512))
 
 
 def digit_buffers(x: Tensor, count: int, padded: int, tiles: int) -> tuple[Tensor, Tensor]:

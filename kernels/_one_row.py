@@ -184,7 +184,7 @@ def _normed(
         gain = None
         if len(gains) > 0:
             gain = gains[step]
-        out += (_rows.scaled(values[step], factor, gain, DTYPE, UNIT_OFFSET, CAST_FIRST).to(tl.float32),)
+        out += (_rows.scaled(values[step], factor[:, None], gain, DTYPE, UNIT_OFFSET, CAST_FIRST).to(tl.float32),)
     return out
 
 

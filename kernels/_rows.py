@@ -226,8 +226,8 @@ def load_gain(weight, col, N: tl.constexpr):
 
 @jit
 def scaled(value, factor, gain, DTYPE: tl.constexpr, UNIT_OFFSET: tl.constexpr, CAST_FIRST: tl.constexpr):
-    """value * factor * gain [rows, cols] in DTYPE, with the roundings of ``rms_norm.reference``."""
-    out = value * factor[:, None]
+    """value * factor * gain in DTYPE, with the roundings of ``rms_norm.reference``."""
+    out = value * factor
     if gain is not None:
         if CAST_FIRST:
             out = out.to(DTYPE).to(tl.float32)

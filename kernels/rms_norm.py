@@ -59,7 +59,7 @@ def _rms_norm(
     if N <= BLOCK_N:
         value = _rows.load_sum(x, residual, total, col, inside & (col < N))
         scale = tl.rsqrt(tl.sum(value * value, 1) / N + eps)
-        out = _rows.scaled(value, scale, _rows.load_gain(weight, col, N), DTYPE, UNIT_OFFSET, CAST_FIRST)
+        out = _rows.scaled(value, scale[:, None], _rows.load_gain(weight, col, N), DTYPE, UNIT_OFFSET, CAST_FIRST)
         tl.store(y + col, out, mask=inside & (col < N))
     else:
         square = tl.zeros([ROWS, BLOCK_N], tl.float32)
@@ -70,7 +70,7 @@ def _rms_norm(
         for start in range(0, N, BLOCK_N):
             value = _rows.load_sum(x, residual, None, start + col, inside & (start + col < N))
             gain = _rows.load_gain(weight, start + col, N)
-            out = _rows.scaled(value, scale, gain, DTYPE, UNIT_OFFSET, CAST_FIRST)
+            out = _rows.scaled(value, scale[:, None], gain, DTYPE, UNIT_OFFSET, CAST_FIRST)
             tl.store(y + start + col, out, mask=inside & (start + col < N))
 
 

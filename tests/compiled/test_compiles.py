@@ -8,12 +8,15 @@ import importlib
 import os
 import pkgutil
 import re
+import subprocess
+import tempfile
 from functools import partial
 from threading import Barrier
 from types import SimpleNamespace
 
 import pytest
 import torch
+import triton
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -104,6 +107,37 @@ def ones(*shape, dtype=BF16):
 
 def weight(N, K, int8):
     return (ones(N, K, dtype=torch.int8), ones(N, dtype=torch.float32)) if int8 else (ones(N, K), None)
+
+
+def stack_bytes(kernel):
+    """What a thread of it keeps in memory for want of registers."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        tool = triton.knobs.nvidia.cuobjdump.path
+        used = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    return int(re.search(r"STACK:(\d+)", used.stdout)[1])
+
+
+@pytest.mark.parametrize("heads, kv_heads, D", [(32, 32, 128), (32, 8, 128), (32, 8, 64), (8, 4, 256), (8, 8, 256)])
+def test_attention_of_a_token_has_the_registers_it_needs(hopper, monkeypatch, heads, kv_heads, D):
+    """With its rotation and cache write it once took 1280 bytes of memory for each thread."""
+    run, used = JITFunction.run, []
+
+    def compile_only(self, *args, grid, warmup, **options):
+        used.append((self.__name__, stack_bytes(run(self, *args, grid=grid, warmup=True, **options))))
+
+    monkeypatch.setattr(JITFunction, "run", compile_only)
+    monkeypatch.setattr(_attention_decode, "_multiprocessors", lambda device: 132)
+    _attention_decode.plan.cache_clear()
+    table, pos = ones(1, 1, 1, D), torch.zeros(1, dtype=torch.int64)
+    for batch, L in ((1, 256), (1, 1024), (1, 8192), (8, 512), (32, 256)):
+        q, cache = (ones(1, n, length, D).expand(batch, n, length, D) for n, length in ((heads, 1), (kv_heads, L)))
+        token = ones(batch, kv_heads, 1, D)
+        new = _attention_decode.New(token, token, table, table, pos, False)
+        mask, bounds = torch.ones(batch, 1, 1, L, dtype=torch.bool), torch.zeros(batch, 4, dtype=torch.int32)
+        _attention_decode.decode(q, cache, cache, mask, 0.1, False, new=new, bounds=bounds)
+    assert used and not any(size for _, size in used), used
 
 
 def test_norms_and_rotation(compiled):

@@ -1,13 +1,12 @@
 import itertools
-import math
 
 import pytest
 import torch
 
 from tests import row_ops
 from tests.tolerance import assert_as_exact_as_eager
-from tinyfuse.kernels import _attention_decode, _counters, _triton, causal_attention
-from tinyfuse.kernels._attention_decode import Plan, decode
+from tinyfuse.kernels import _triton, causal_attention
+from tinyfuse.kernels._attention_decode import decode
 from tinyfuse.kernels._attention_prefill import prefill
 from tinyfuse.kernels.attention import OP, reference
 
@@ -174,48 +173,6 @@ def test_dependent_launch_changes_no_bit(monkeypatch):
         results += [decode(q, k, v, mask, 0.1, False) for _ in range(20)]
     _triton.pdl.cache_clear()
     assert all(torch.equal(result, results[0]) for result in results)
-
-
-# shape, splits: heads in groups, two blocks of rows, as many splits as there are blocks of keys
-MERGED = [((1, 9, 3, 1, 1024, 64, 64), 16), ((3, 18, 3, 3, 300, 80, 96), 5), ((2, 4, 4, 1, 777, 128, 128), 25)]
-
-
-@pytest.mark.parametrize("kind", ["none", "by head", "first keys", "dead"])
-@pytest.mark.parametrize("shape, splits", MERGED)
-def test_merging_in_the_kernel_changes_no_bit(shape, splits, kind, monkeypatch):
-    torch.manual_seed(0)
-    B, H, kv_heads, Sq, Skv, D, _ = shape
-    q, k, v = make_inputs(shape)
-    mask, is_causal = make_mask(kind, B, H, Sq, Skv, torch.bfloat16)
-    blocks_of_rows = math.ceil(H // kv_heads * Sq / 16)
-
-    def run():
-        return decode(q, k, v, mask, D**-0.5, is_causal, Plan(16, 32, splits, 2, 3))
-
-    monkeypatch.setattr(_counters, "_counters", {})
-    monkeypatch.setattr(_attention_decode, "MERGED", 0)
-    poison(q, v)
-    apart = run()
-    assert not apart.isnan().any() and not _counters._counters
-    monkeypatch.setattr(_attention_decode, "MERGED", 2**20)
-    monkeypatch.setattr(_attention_decode, "_combine", None)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        poison(q, v)
-        results = [run() for _ in range(50)]
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        out = run()
-    for _ in range(50):
-        out.fill_(float("nan"))
-        graph.replay()
-        results.append(out.clone())
-    torch.cuda.synchronize()
-    assert all(torch.equal(result, apart) for result in results)
-    (counts,) = _counters._counters[q.device, stream.cuda_stream, splits]
-    assert (counts[: B * kv_heads * blocks_of_rows] == 100 * splits).all()
 
 
 @pytest.mark.parametrize("Sq", [1, 64])

@@ -1,12 +1,11 @@
 """Float16 stands for the half precisions: the interpreter's dot product of bfloat16 is wrong."""
 
 import itertools
-import math
 
 import pytest
 import torch
 
-from tinyfuse.kernels import _attention_decode, _attention_prefill, _counters, causal_attention
+from tinyfuse.kernels import _attention_decode, _attention_prefill, causal_attention
 from tinyfuse.kernels.attention import reference
 
 # B, H, Hkv, Sq, Skv, D, Dv
@@ -61,44 +60,7 @@ def check(run, shape, kind, dtype, plan, softcap=None):
 
 @pytest.mark.parametrize("shape, kind", list(itertools.product(DECODE, MASKS)))
 def test_decode(shape, kind):
-    check(_attention_decode.decode, shape, kind, torch.float16, _attention_decode.Plan(16, 16, 2, 4, 1))
-
-
-# shape, splits: heads in groups, batches, two blocks of rows; a number of splits that is no power of two
-SPLIT = [((1, 2, 2, 1, 37, 32, 32), 3), ((2, 9, 1, 2, 40, 16, 24), 3), ((3, 6, 2, 1, 64, 16, 40), 4)]
-
-
-@pytest.mark.parametrize("kind", ["none", "by head", "first block", "dead", "float"])
-@pytest.mark.parametrize("shape, splits", SPLIT)
-def test_merging_in_the_kernel_or_after_it_gives_the_same_bits(shape, splits, kind, monkeypatch, poisoned):
-    torch.manual_seed(0)
-    B, H, kv_heads, Sq, Skv, D, _ = shape
-    plan = _attention_decode.Plan(16, 16, splits, 4, 1)
-    monkeypatch.setattr(_counters, "_counters", {})
-    monkeypatch.setattr(_attention_decode, "MERGED", 0)
-    mask, is_causal = make_mask(kind, B, H, Sq, Skv, torch.float32)
-    args = (*make_inputs(shape, torch.float32), mask, D**-0.5, is_causal)
-    apart = _attention_decode.decode(*args, plan)
-    assert not _counters._counters
-    monkeypatch.setattr(_attention_decode, "MERGED", 2**20)
-    monkeypatch.setattr(_attention_decode, "_combine", None)
-    for _ in range(3):
-        assert torch.equal(_attention_decode.decode(*args, plan), apart)
-    (counts,) = _counters._counters[torch.device("cpu"), 0, splits]
-    used = B * kv_heads * math.ceil(H // kv_heads * Sq / 16)
-    assert (counts[:used] == 3 * splits).all() and not counts[used:].any()
-
-
-def test_counters_are_kept_per_number_of_splits_and_when_more_are_needed(monkeypatch):
-    monkeypatch.setattr(_counters, "_counters", {})
-    cpu = torch.device("cpu")
-    few = _counters.counters(cpu, 3, 5)
-    assert _counters.counters(cpu, 3, few.numel()) is few
-    many = _counters.counters(cpu, 3, few.numel() + 1)
-    assert many.numel() > few.numel() and not many.any()
-    assert _counters.counters(cpu, 3, 5) is many
-    assert _counters.counters(cpu, 4, 5) is not many
-    assert _counters._counters[cpu, 0, 3][0] is few
+    check(_attention_decode.decode, shape, kind, torch.float16, _attention_decode.Plan(16, 16, 2))
 
 
 @pytest.mark.parametrize("shape", DECODE)

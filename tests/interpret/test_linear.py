@@ -4,6 +4,7 @@ import torch
 from tests import row_ops
 from tests.tolerance import assert_as_exact_as_eager
 from tinyfuse.kernels import (
+    _counters,
     _fp16_gemm,
     _gemm,
     _gemv,
@@ -241,3 +242,15 @@ def test_norm_in_front(M, int8, unit_offset, cast_first):
     near = rms_norm_gated_linear.reference(x, *norm, given[0], None, None, None, None, None, "relu_squared")
     true = rms_norm_gated_linear.reference(x.double(), *wide_norm, full[0], *[None] * 5, "relu_squared")
     assert_as_exact_as_eager("gated_linear", run(x, *norm, *alone), near, true)
+
+
+def test_counters_are_kept_per_number_of_splits_and_when_more_are_needed(monkeypatch):
+    monkeypatch.setattr(_counters, "_counters", {})
+    cpu = torch.device("cpu")
+    few = _counters.counters(cpu, 3, 5)
+    assert _counters.counters(cpu, 3, few.numel()) is few
+    many = _counters.counters(cpu, 3, few.numel() + 1)
+    assert many.numel() > few.numel() and not many.any()
+    assert _counters.counters(cpu, 3, 5) is many
+    assert _counters.counters(cpu, 4, 5) is not many
+    assert _counters._counters[cpu, 0, 3][0] is few

@@ -52,10 +52,10 @@ STEPS = [(1, 4, 2, 70, 0, 16, 16, 16), (2, 6, 2, 70, 33, 40, 24, 24), (1, 2, 2, 
 
 @pytest.mark.parametrize("shape", STEPS)
 @pytest.mark.parametrize("kind, interleaved", [("batched", False), ("expanded", True)])
-@pytest.mark.parametrize("masked", ["prefix", "window", "not itself", "nothing", "float", "none"])
+@pytest.mark.parametrize("masked", ["prefix", "window", "not itself", "holes", "nothing", "float", "none"])
 @pytest.mark.parametrize("splits", [1, 3])
 def test_attention_step(shape, kind, interleaved, masked, splits, monkeypatch):
-    plan = _attention_decode.Plan(16, 16, splits, 4, 1)
+    plan = _attention_decode.Plan(16, 16, splits)
     monkeypatch.setattr(_attention_decode, "plan", lambda *_: plan)
     B, _, _, L, at = shape[:5]
     j = torch.arange(L)
@@ -63,6 +63,7 @@ def test_attention_step(shape, kind, interleaved, masked, splits, monkeypatch):
         "prefix": j <= at,
         "window": (j <= at) & (j > at - 9),
         "not itself": (j != at) & (j < 50),
+        "holes": (j <= at) & (j % 3 != 1),
         "nothing": j < 0,
         "float": torch.where(torch.rand(B, 1, 1, L) < 0.5, 0.0, -9.0).half(),
         "none": None,
