@@ -135,7 +135,7 @@ def decode_variants(case: Case, sweep: bool) -> dict[str, Callable]:
         n = max(1, 128 // case.D)
         for block_n, registers in [(64, None), (32, 128), (32, None), (16, 128)]:
             for per_sm in (2, 4):
-                splits = max(1, min(per_sm * 132 // case.Hkv, case.Skv // (block_n * n), 64))
+                splits = max(1, min(per_sm * 132 // case.Hkv, case.Skv // (block_n * n), decoding.MAX_SPLITS))
                 plan = decoding.Plan(16, block_n * n, splits, registers)
                 variants[str(tuple(plan))] = in_step(plan)
     return variants

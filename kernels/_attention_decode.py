@@ -313,11 +313,12 @@ def plan(rows: int, programs: int, Skv: int, width: int, itemsize: int, device: 
     block_n = max(32 if block_r == 16 else 16, min(128, BLOCK_BYTES // key))
     blocks = triton.cdiv(Skv, block_n)
     registers = 128 if block_r == 16 and block_n * key <= BLOCK_BYTES else None
-    wave = (4 if registers else 2) * _multiprocessors(device) / programs
+    processors = _multiprocessors(device)
+    wave = (4 if registers else 2) * processors / programs
     if block_r > 16:  # four small programs once each has 8 blocks: partial results stay few
         splits = int(max(wave, min(2 * wave, blocks / 8)))
     else:
-        splits = 1 if programs >= _multiprocessors(device) and blocks <= 8 else int(wave)
+        splits = 1 if programs >= processors and blocks <= 8 else int(wave)
     return Plan(block_r, block_n, max(1, min(splits, blocks, MAX_SPLITS)), registers)
 
 

@@ -49,8 +49,6 @@ def make_mask(kind, B, H, Sq, Skv, dtype):
     if kind == "random":
         mask = torch.rand(B, 1, Sq, Skv, device="cuda") < 0.05
         return mask.index_fill(2, torch.tensor([0], device="cuda"), False), False
-    if kind == "first keys":
-        return (j < 40).expand(B, 1, 1, Skv), False
     if kind == "dead":
         return torch.zeros(B, 1, 1, Skv, dtype=torch.bool, device="cuda"), False
     if kind == "float":

@@ -63,6 +63,16 @@ def test_decode(shape, kind):
     check(_attention_decode.decode, shape, kind, torch.float16, _attention_decode.Plan(16, 16, 2))
 
 
+# shape, splits: heads in groups, batches, two blocks of rows; a number of splits that is no power of two
+SPLIT = [((1, 2, 2, 1, 37, 32, 32), 3), ((2, 9, 1, 2, 40, 16, 24), 3), ((3, 6, 2, 1, 64, 16, 40), 4)]
+
+
+@pytest.mark.parametrize("kind", ["none", "by head", "first block", "dead", "float"])
+@pytest.mark.parametrize("shape, splits", SPLIT)
+def test_splits_are_merged(shape, splits, kind, poisoned):
+    check(_attention_decode.decode, shape, kind, torch.float32, _attention_decode.Plan(16, 16, splits))
+
+
 @pytest.mark.parametrize("shape", DECODE)
 def test_decode_in_float32(shape):
     check(_attention_decode.decode, shape, "by head", torch.float32, None)
