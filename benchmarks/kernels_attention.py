@@ -133,10 +133,10 @@ def decode_variants(case: Case, sweep: bool) -> dict[str, Callable]:
         variants["tinyfuse no mask"] = ours(decoding.decode, masked=False)
     if sweep and case.live in (2048, 32768) and case.live == case.Skv:
         n = max(1, 128 // case.D)
-        for block_n, registers in [(64, None), (32, 128), (32, None), (16, 128)]:
-            for per_sm in (2, 4):
+        for block_n, warps, registers in [(64, 8, 128), (32, 4, 128), (32, 2, None), (16, 2, 128), (16, 1, None)]:
+            for per_sm in (2, 4, 8):
                 splits = max(1, min(per_sm * 132 // case.Hkv, case.Skv // (block_n * n), decoding.MAX_SPLITS))
-                plan = decoding.Plan(16, block_n * n, splits, registers)
+                plan = decoding.Plan(16, block_n * n, splits, warps, registers)
                 variants[str(tuple(plan))] = in_step(plan)
     return variants
 

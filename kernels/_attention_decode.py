@@ -24,17 +24,17 @@ from tinyfuse.kernels.rope import table_strides
 MASK_NONE, MASK_BOOL, MASK_FLOAT = 0, 1, 2
 MAX_ROWS = 16
 MAX_SPLITS = 64
-WARPS = 4
 STAGES = 3  # of the loop that waits for a mask
-BLOCK_BYTES = 8192  # of keys that one program has in registers, and as many of values
+BLOCK_BYTES = 8192  # of keys that one program of 4 warps has in registers, and as many of values
 
 
 class Plan(NamedTuple):
-    """Rows per program, keys per block, splits of the keys, the most registers per thread."""
+    """Rows per program, keys per block, splits of the keys, warps, the most registers per thread."""
 
     block_r: int
     block_n: int
     splits: int
+    warps: int = 4
     registers: int | None = None
 
 
@@ -300,26 +300,44 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 @lru_cache(4096)
-def plan(rows: int, programs: int, Skv: int, width: int, itemsize: int, device: torch.device) -> Plan:
-    """rows: query rows that share a kv head; programs: batch times kv heads; width: the larger padded head_dim.
+def plan(rows: int, programs: int, Skv: int, width: int, itemsize: int, ahead: bool, device: torch.device) -> Plan:
+    """rows: query rows that share a kv head; programs: batch times kv heads; width: the larger padded head_dim; ahead:
+    whether keys are loaded before a look at a mask.
 
-    As measured in whole decode steps on an H200. Four programs of up to 16 rows fit a multiprocessor with blocks of
-    ``BLOCK_BYTES``, two with larger ones; together they fill it once. Programs enough for all of them and few blocks
-    are not worth a merge, which takes 2 µs.
+    As measured in whole decode steps on an H200. Programs of up to 16 rows have 4 warps and blocks of ``BLOCK_BYTES``,
+    four to a multiprocessor, or two where a key is large; together they fill it once.
     """
     block_r = min(64, max(16, triton.next_power_of_2(rows)))
     key = width * itemsize
     programs *= triton.cdiv(rows, block_r)
+    processors = _multiprocessors(device)
+    if ahead and block_r == 16 and key <= 256:
+        better = _one_wave(programs, Skv, key, processors) or _small_blocks(programs, Skv, key, processors)
+        if better:
+            return better
     block_n = max(32 if block_r == 16 else 16, min(128, BLOCK_BYTES // key))
     blocks = triton.cdiv(Skv, block_n)
     registers = 128 if block_r == 16 and block_n * key <= BLOCK_BYTES else None
-    processors = _multiprocessors(device)
     wave = (4 if registers else 2) * processors / programs
-    if block_r > 16:  # four small programs once each has 8 blocks: partial results stay few
-        splits = int(max(wave, min(2 * wave, blocks / 8)))
-    else:
-        splits = 1 if programs >= processors and blocks <= 8 else int(wave)
-    return Plan(block_r, block_n, max(1, min(splits, blocks, MAX_SPLITS)), registers)
+    # With more rows, four small programs once each has 8 blocks: partial results stay few.
+    splits = int(wave) if block_r == 16 else int(max(wave, min(2 * wave, blocks / 8)))
+    return Plan(block_r, block_n, max(1, min(splits, blocks, MAX_SPLITS)), 4, registers)
+
+
+def _one_wave(programs: int, Skv: int, key: int, processors: int) -> Plan | None:
+    """Short caches, where a merge takes longer than it saves: a program of 8 warps for each kv head, one or two to a
+    multiprocessor, if that leaves few idle."""
+    fills = 0.7 <= programs / processors <= 1 or 1.8 <= programs / processors <= 2
+    return Plan(16, min(128, 16384 // key), 1, 8, 128) if fills and Skv * key <= 1 << 16 else None
+
+
+def _small_blocks(programs: int, Skv: int, key: int, processors: int) -> Plan | None:
+    """Eight programs of one warp, or two where a key is small, to a multiprocessor, if each has four blocks: the
+    latencies of more programs overlap."""
+    block_n, splits = min(128, 4096 // key), max(1, 8 * processors // programs)
+    if splits > MAX_SPLITS or triton.cdiv(Skv, block_n) < 4 * splits:
+        return None
+    return Plan(16, block_n, splits, 1) if key > 128 else Plan(16, block_n, splits, 2, 128)
 
 
 def mask_strides(mask: Tensor | None) -> tuple[int, int, int, int]:
@@ -364,7 +382,8 @@ def decode(
     Skv = min(k.shape[2], Sq) if is_causal else k.shape[2]
     group = H // kv_heads
     block_d, block_dv = triton.next_power_of_2(D), triton.next_power_of_2(DV)
-    p = chosen or plan(group * Sq, B * kv_heads, Skv, max(block_d, block_dv), q.element_size(), q.device)
+    width, loads_ahead = max(block_d, block_dv), mask is None or bounds is not None
+    p = chosen or plan(group * Sq, B * kv_heads, Skv, width, q.element_size(), loads_ahead, q.device)
     out = torch.empty((B, Sq, H, DV), dtype=q.dtype, device=q.device)
     rows = B * Sq * H
     split = p.splits > 1
@@ -387,7 +406,7 @@ def decode(
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *strides, *_strides_of_new(new),
         group, D, DV, block_d, block_dv, row_blocks, p.block_r, p.block_n, scan, STAGES,
         kind, by_row, is_causal, split, *((new.cos.shape[3], new.interleaved) if new else (0, False)), ahead,
-        not interpreted(), num_warps=WARPS, maxnreg=p.registers, **options,
+        not interpreted(), num_warps=p.warps, maxnreg=p.registers, **options,
     )  # fmt: skip
     if split:
         columns = min(32, block_dv)

@@ -131,7 +131,7 @@ def test_attention_of_a_token_has_the_registers_it_needs(hopper, monkeypatch, he
     monkeypatch.setattr(_attention_decode, "_multiprocessors", lambda device: 132)
     _attention_decode.plan.cache_clear()
     table, pos = ones(1, 1, 1, D), torch.zeros(1, dtype=torch.int64)
-    for batch, L in ((1, 256), (1, 1024), (1, 8192), (8, 512), (32, 256)):
+    for batch, L in ((1, 256), (1, 8192), (4, 256), (8, 256), (8, 512), (32, 256), (32, 1024)):
         q, cache = (ones(1, n, length, D).expand(batch, n, length, D) for n, length in ((heads, 1), (kv_heads, L)))
         token = ones(batch, kv_heads, 1, D)
         new = _attention_decode.New(token, token, table, table, pos, False)
