@@ -23,7 +23,8 @@ from tinyfuse.kernels.rope import table_strides
 
 MASK_NONE, MASK_BOOL, MASK_FLOAT = 0, 1, 2
 MAX_ROWS = 16
-MAX_SPLITS = 64
+MAX_SPLITS = 128
+FEW_SPLITS = 64  # up to which the merge, which fills up to a power of two, is worth it for fewer than 8192 keys
 STAGES = 3  # of the loop that waits for a mask
 BLOCK_BYTES = 8192  # of keys that one program of 4 warps has in registers, and as many of values
 
@@ -321,7 +322,7 @@ def plan(rows: int, programs: int, Skv: int, width: int, itemsize: int, ahead: b
     wave = (4 if registers else 2) * processors / programs
     # With more rows, four small programs once each has 8 blocks: partial results stay few.
     splits = int(wave) if block_r == 16 else int(max(wave, min(2 * wave, blocks / 8)))
-    return Plan(block_r, block_n, max(1, min(splits, blocks, MAX_SPLITS)), 4, registers)
+    return Plan(block_r, block_n, max(1, min(splits, blocks, FEW_SPLITS)), 4, registers)
 
 
 def _one_wave(programs: int, Skv: int, key: int, processors: int) -> Plan | None:
@@ -334,8 +335,8 @@ def _one_wave(programs: int, Skv: int, key: int, processors: int) -> Plan | None
 def _small_blocks(programs: int, Skv: int, key: int, processors: int) -> Plan | None:
     """Eight programs of one warp, or two where a key is small, to a multiprocessor, if each has four blocks: the
     latencies of more programs overlap."""
-    block_n, splits = min(128, 4096 // key), max(1, 8 * processors // programs)
-    if splits > MAX_SPLITS or triton.cdiv(Skv, block_n) < 4 * splits:
+    block_n, splits = min(128, 4096 // key), max(1, min(MAX_SPLITS, 8 * processors // programs))
+    if programs * MAX_SPLITS < 7 * processors or triton.cdiv(Skv, block_n) < 4 * splits:
         return None
     return Plan(16, block_n, splits, 1) if key > 128 else Plan(16, block_n, splits, 2, 128)
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinyfuse.kernels import _gemv
+from tinyfuse.kernels import _gemv, _rows
 from tinyfuse.kernels._counters import is_last, sum_shares
 from tinyfuse.kernels._gemv import pick, residual_rows, rows, three
 from tinyfuse.kernels._triton import Launch, jit, pdl, tl, triton
@@ -25,6 +25,7 @@ from tinyfuse.kernels.gated_act import activate
 # Digits, rows, columns and depth of a tile, stages, warps, shares of K.
 Config = tuple[int, int, int, int, int, int, int]
 PIECE = 2048  # columns: a program makes the digits of so many, where there are few rows
+FETCH = 512  # bytes of a weight row that are brought into L2 while x is made; with more, making x takes longer
 
 
 @jit(do_not_specialize=["rows", "tiles"])
@@ -78,6 +79,7 @@ def _gemm(
     M, rows, residual_stride, per_part, n0, n1, n2, stride0, stride1, stride2, first1, first2,
     K: tl.constexpr, MEMBERS: tl.constexpr, ACT: tl.constexpr, DIGITS: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
+    FETCH: tl.constexpr,
 ):  # fmt: skip
     """A tile of one y. x: digits [DIGITS, rows, K]. ``first``: the first block of columns of a weight. Under ACT y is
     act(W_0 x), or with two weights, of which a tile then holds rows of both, act(W_0 x) * (W_1 x). Programs that share
@@ -110,6 +112,9 @@ def _gemm(
         scale = tl.load(s + safe)
         if b0 is not None:
             bias = tl.load(b + safe).to(tl.float32)
+    if PDL:
+        lines = tl.minimum(part * per_part + tl.arange(0, FETCH // 128) * 128, K - 1)
+        _rows.fetch(w[:, None] + lines[None, :])
     w = w[:, None] + k[None, :]
     # All digits of BLOCK_M rows are the columns of one product; three of them leave a fourth slot, of weight 0.
     SLOTS: tl.constexpr = 4 if DIGITS == 3 else DIGITS
@@ -215,7 +220,7 @@ def _bind(
     blocks = [triton.cdiv(n, block_n) for n in ((sum(sizes),) if act else sizes)]
     scalars = (
         m, blocks_m * block_m, residual_stride, per_part, *three(sizes), *three(strides), blocks[0], sum(blocks[:2]),
-        k, len(sizes), act, count, block_m, block_n, block_k, stages, parts, ahead,
+        k, len(sizes), act, count, block_m, block_n, block_k, stages, parts, ahead, FETCH,
     )  # fmt: skip
     return Launch(_gemm, (blocks_m * sum(blocks), parts), scalars, warps, ahead)
 
@@ -240,7 +245,7 @@ def gemm(
     lead, x = x.shape[:-1], rows(x)
     m, k = x.shape
     sizes = tuple([w.shape[0] for w in weights])
-    config = config or tile(m, sum(sizes), x.dtype, x.device)
+    config = config or tile(m, sum(sizes), k, x.dtype, x.device)
     outs = [x.new_empty((*lead, n)) for n in (sizes[:1] if act else sizes)]
     residual = residual_rows(residual, sizes[0])
     launch = _bind(
@@ -278,13 +283,18 @@ def most_rows(dtype: torch.dtype) -> int:
 
 
 @lru_cache(4096)
-def tile(m: int, n: int, dtype: torch.dtype, device: torch.device) -> Config:
+def tile(m: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> Config:
     """Tiles as measured on an H200; all programs at once, each with the stages that then fit, measured faster than
     any fixed number of stages."""
     processors, shared = limits(device)
     count = digit_count(dtype)
     block_m = 8 if m <= 8 else 16 if m <= 16 else 32 if m <= 32 or count == 3 else 64
     block_k = 256 if m <= 16 else 128
+    # Of 17 to 64 rows, up to 4096 deep, tiles of fewer rows win over shares of K while all run at once.
+    small = 16 < m <= 64 and k <= 4096 and count == 2
+    while small and block_m > 16 and triton.cdiv(n, 64) * triton.cdiv(m, block_m // 2) <= processors:
+        block_m //= 2
+    small = small and block_m < 64
     blocks_m = triton.cdiv(m, block_m)
     narrow, wide = triton.cdiv(n, 64) * blocks_m, triton.cdiv(n, 128) * blocks_m
     # Beyond 64 rows, tiles of 128 columns, two to a multiprocessor, win where they take fewer rounds than those of 64,
@@ -294,13 +304,13 @@ def tile(m: int, n: int, dtype: torch.dtype, device: torch.device) -> Config:
     blocks = triton.cdiv(n, block_n) * blocks_m
     # From 9 to 64 rows two shares of K win where a quarter of the multiprocessors would have no tile (6144x4096); up to
     # 64, twice the depth where each has one program, and then six stages, unless shares are short (8192x8192).
-    parts = 2 if 8 < m <= 64 and processors // 2 < blocks <= processors * 3 // 4 else 1
-    while blocks * parts <= processors // 2 and parts < 8:
+    parts = 2 if 8 < m <= 64 and not small and processors // 2 < blocks <= processors * 3 // 4 else 1
+    while blocks * parts <= processors // 2 and parts < 8 and not (small and k <= 2048):
         parts *= 2
     alone = blocks * parts <= processors
     if alone and (m <= 64 or blocks <= processors // 2):
         block_k = 256
-    most = 5 if block_k == 128 else 6 if alone and (m <= 16 or parts == 1) else 4
+    most = 5 if block_k == 128 else 6 if alone and (m <= 16 or parts == 1) and not (small and block_m == 32) else 4
     stage = (block_n + (4 if count == 3 else 2) * block_m) * block_k
     each = shared // triton.cdiv(blocks * parts, processors) - 1024  # the driver keeps 1 KiB of each program's
     return count, block_m, block_n, block_k, min(max(each // stage, 3), most), 4, parts

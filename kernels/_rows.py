@@ -199,9 +199,15 @@ def prefetch(pointer, N: tl.constexpr, BLOCK_N: tl.constexpr):
     Only the first program does: from thousands of programs, prefetches of the same lines cost half the bandwidth."""
     if tl.program_id(0) == 0:
         at = tl.minimum(tl.arange(0, BLOCK_N // 8) * 8, N - 1) if BLOCK_N >= 8 else tl.arange(0, 1)
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointer + at], dtype=tl.int32, is_pure=False, pack=1
-        )
+        fetch(pointer + at)
+
+
+@jit
+def fetch(pointers):
+    """Bring the lines at ``pointers`` into L2."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
+    )
 
 
 @jit
