@@ -25,7 +25,7 @@ from tinyfuse.kernels.gated_act import activate
 # Digits, rows, columns and depth of a tile, stages, warps, shares of K.
 Config = tuple[int, int, int, int, int, int, int]
 PIECE = 2048  # columns: a program makes the digits of so many, where there are few rows
-FETCH = 512  # bytes of a weight row that are brought into L2 while x is made; with more, making x takes longer
+FETCH = 512  # bytes of a weight row brought into L2 while up to 64 rows of x are made; more make that take longer
 
 
 @jit(do_not_specialize=["rows", "tiles"])
@@ -112,7 +112,7 @@ def _gemm(
         scale = tl.load(s + safe)
         if b0 is not None:
             bias = tl.load(b + safe).to(tl.float32)
-    if PDL:
+    if PDL and FETCH > 0:
         lines = tl.minimum(part * per_part + tl.arange(0, FETCH // 128) * 128, K - 1)
         _rows.fetch(w[:, None] + lines[None, :])
     w = w[:, None] + k[None, :]
@@ -220,7 +220,7 @@ def _bind(
     blocks = [triton.cdiv(n, block_n) for n in ((sum(sizes),) if act else sizes)]
     scalars = (
         m, blocks_m * block_m, residual_stride, per_part, *three(sizes), *three(strides), blocks[0], sum(blocks[:2]),
-        k, len(sizes), act, count, block_m, block_n, block_k, stages, parts, ahead, FETCH,
+        k, len(sizes), act, count, block_m, block_n, block_k, stages, parts, ahead, FETCH if m <= 64 else 0,
     )  # fmt: skip
     return Launch(_gemm, (blocks_m * sum(blocks), parts), scalars, warps, ahead)
 
@@ -290,11 +290,8 @@ def tile(m: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> Co
     count = digit_count(dtype)
     block_m = 8 if m <= 8 else 16 if m <= 16 else 32 if m <= 32 or count == 3 else 64
     block_k = 256 if m <= 16 else 128
-    # Of 17 to 64 rows, up to 4096 deep, tiles of fewer rows win over shares of K while all run at once.
-    small = 16 < m <= 64 and k <= 4096 and count == 2
-    while small and block_m > 16 and triton.cdiv(n, 64) * triton.cdiv(m, block_m // 2) <= processors:
-        block_m //= 2
-    small = small and block_m < 64
+    fewer = _fewer_rows(m, n, k, processors) if count == 2 else None
+    block_m = fewer or block_m
     blocks_m = triton.cdiv(m, block_m)
     narrow, wide = triton.cdiv(n, 64) * blocks_m, triton.cdiv(n, 128) * blocks_m
     # Beyond 64 rows, tiles of 128 columns, two to a multiprocessor, win where they take fewer rounds than those of 64,
@@ -304,16 +301,29 @@ def tile(m: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> Co
     blocks = triton.cdiv(n, block_n) * blocks_m
     # From 9 to 64 rows two shares of K win where a quarter of the multiprocessors would have no tile (6144x4096); up to
     # 64, twice the depth where each has one program, and then six stages, unless shares are short (8192x8192).
-    parts = 2 if 8 < m <= 64 and not small and processors // 2 < blocks <= processors * 3 // 4 else 1
-    while blocks * parts <= processors // 2 and parts < 8 and not (small and k <= 2048):
+    parts = 2 if 8 < m <= 64 and processors // 2 < blocks <= processors * 3 // 4 else 1
+    while blocks * parts <= processors // 2 and parts < 8:
         parts *= 2
+    parts = 1 if fewer else parts
     alone = blocks * parts <= processors
     if alone and (m <= 64 or blocks <= processors // 2):
         block_k = 256
-    most = 5 if block_k == 128 else 6 if alone and (m <= 16 or parts == 1) and not (small and block_m == 32) else 4
+    most = 5 if block_k == 128 else 6 if alone and (m <= 16 or parts == 1) and fewer != 32 else 4
     stage = (block_n + (4 if count == 3 else 2) * block_m) * block_k
     each = shared // triton.cdiv(blocks * parts, processors) - 1024  # the driver keeps 1 KiB of each program's
     return count, block_m, block_n, block_k, min(max(each // stage, 3), most), 4, parts
+
+
+def _fewer_rows(m: int, n: int, k: int, processors: int) -> int | None:
+    """Rows of a tile with which 17 to 64 rows of x do better without shares of K: so few that each multiprocessor but
+    one in two has a tile. Deep tiles pay only if more have one."""
+    if not 16 < m <= 64 or k > 4096:
+        return None
+    block_m, blocks_n = 32 if m <= 32 else 64, triton.cdiv(n, 64)
+    while block_m > 16 and blocks_n * triton.cdiv(m, block_m // 2) <= processors:
+        block_m //= 2
+    fills = k <= 2048 or blocks_n * triton.cdiv(m, block_m) > processors // 2
+    return block_m if fills and block_m < 64 else None
 
 
 @jit
