@@ -4,8 +4,8 @@
 
 Every time is the median of CUDA-graph replays in microseconds per call, each graph walking through enough
 copies of the keys and values to exceed the L2 cache twice. Every variant is checked first against float64 on
-its first and last head. Writes attention-<gpu>.json. ``--shard I N`` runs every N-th case once, untimed:
-N such processes side by side fill Triton's disk cache.
+its first and last head. Writes attention-decode-<gpu>.json and attention-prefill-<gpu>.json. ``--shard I N`` runs every
+N-th case once, untimed: N such processes side by side fill Triton's disk cache.
 """
 
 from __future__ import annotations
@@ -259,11 +259,11 @@ def main() -> None:
                 sets, mask = case.inputs()
                 VARIANTS[kind](case, args.sweep)[name](*sets[0], mask)
         return
-    report = {"environment": environment("cuda") | {"read_bytes_per_s": read_bandwidth()}, "rows": []}
-    print(report["environment"], flush=True)
+    found = environment("cuda") | {"read_bytes_per_s": read_bandwidth()}
+    rows: dict[str, list[dict]] = {}
+    print(found, flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
     gpu = torch.cuda.get_device_name().lower().replace("nvidia", "").split()[0]
-    path = args.out / f"attention-{gpu}.json"
     for kind, case in cases(args.only):
         sets, mask = case.inputs()
         row = {"kind": kind, **vars(case), "sets": len(sets), "us": {}, "error": {}, "host_us": {}, "failed": {}}
@@ -278,9 +278,10 @@ def main() -> None:
         additive.cache_clear()
         bounds.cache_clear()
         known.cache_clear()
-        report["rows"].append(row)
-        show(row, report["environment"]["read_bytes_per_s"])
-        path.write_text(json.dumps(report, indent=1))
+        rows.setdefault(kind, []).append(row)
+        show(row, found["read_bytes_per_s"])
+        path = args.out / f"attention-{kind}-{gpu}.json"
+        path.write_text(json.dumps({"environment": found, "rows": rows[kind]}, indent=1) + "\n")
         del sets
 
 
