@@ -131,8 +131,8 @@ def flashes(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool,
     softcap: float | None = None,
 ) -> str | None:  # fmt: skip
-    if mask is not None or q.dtype == torch.float32:
-        return "SDPA's flash kernels take 16-bit inputs without a mask"
+    if mask is not None or q.dtype == torch.float32:  # left to the reference, for the reason of the kernel before
+        return prefills(q, k, v, mask, scale, is_causal, softcap) or "SDPA's flash kernels take no mask"
     return supports_sdpa(q, k, v, mask, scale, is_causal, softcap)
 
 

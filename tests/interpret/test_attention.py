@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from tinyfuse.kernels import _attention_decode, _attention_prefill, causal_attention
+from tinyfuse.kernels import _attention_decode, _attention_prefill, attention, causal_attention
 from tinyfuse.kernels.attention import reference
 
 # B, H, Hkv, Sq, Skv, D, Dv
@@ -146,6 +146,20 @@ def test_masked_cache_slots_may_hold_anything(Sq):
     clean = run(q, k, v, mask, 0.25, False)
     k[:, :, 37:], v[:, :, 37:] = float("nan"), float("inf")
     assert torch.equal(run(q, k, v, mask, 0.25, False), clean)
+
+
+@pytest.mark.parametrize(
+    "dtype, mask, why",
+    [
+        (torch.float32, torch.ones(1, 1, 40, 40, dtype=torch.bool), "float32 stays with SDPA"),
+        (torch.float32, None, "float32 stays with SDPA"),
+        (torch.bfloat16, torch.zeros(1, 1, 40, 39, dtype=torch.bfloat16)[..., :37], "with a floating mask SDPA is"),
+    ],
+)
+def test_what_is_left_to_the_reference_says_why(dtype, mask, why):
+    """It once gave the reason of SDPA's flash kernels, which were the last resort."""
+    q = torch.ones(1, 2, 40, 32, dtype=dtype)
+    assert why in attention.flashes(q, q, q, mask, 0.1, False)
 
 
 def test_float_mask_of_minima_averages_as_sdpa_does():
