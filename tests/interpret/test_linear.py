@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 
@@ -170,6 +172,20 @@ def test_digits_of_long_rows(digits):
     # One rounding to integers, and three in fp32 of what is scaled to 256^digits / 2.
     off = 0.5 + 3 * 2**-24 * 256**digits / 2
     assert ((worth - few.double()).abs() <= off * scale[:3, None]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("m", [1, 8, 9, 16, 17, 31, 32, 33, 48, 64, 65, 200, 1024])
+def test_tiles_fit_a_multiprocessor_of_hopper(m, dtype):
+    """A tile too large would leave the product to the reference."""
+    processors, shared = _gemm.limits(torch.device("cpu"))
+    for n, k in itertools.product(
+        [1, 64, 1000, 2048, 3072, 4096, 6144, 8192, 28672], [16, 1024, 2048, 3072, 4096, 11008]
+    ):
+        digits, block_m, block_n, block_k, stages, _, parts = _gemm.tile(m, n, k, dtype, torch.device("cpu"))
+        rows = (4 if digits == 3 else digits) * block_m
+        assert (block_n + rows) * block_k * stages <= shared - 1024, (n, k)
+        assert parts == 1 or -(-n // block_n) * -(-m // block_m) * parts <= 2 * processors, (n, k)
 
 
 def test_dequantize_is_the_reference():
