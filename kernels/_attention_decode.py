@@ -305,14 +305,14 @@ def plan(rows: int, programs: int, Skv: int, width: int, itemsize: int, ahead: b
     """rows: query rows that share a kv head; programs: batch times kv heads; width: the larger padded head_dim; ahead:
     whether keys are loaded before a look at a mask.
 
-    As measured in whole decode steps on an H200. Programs of up to 16 rows have 4 warps and blocks of ``BLOCK_BYTES``,
-    four to a multiprocessor, or two where a key is large; together they fill it once.
+    As measured in whole decode steps of 16 bits on an H200. Programs of up to 16 rows have 4 warps and blocks of
+    ``BLOCK_BYTES``, four to a multiprocessor, or two where a key is large; together they fill it once.
     """
     block_r = min(64, max(16, triton.next_power_of_2(rows)))
     key = width * itemsize
     programs *= triton.cdiv(rows, block_r)
     processors = _multiprocessors(device)
-    if ahead and block_r == 16 and key <= 256:
+    if ahead and block_r == 16 and itemsize == 2 and key <= 256:
         better = _one_wave(programs, Skv, key, processors) or _small_blocks(programs, Skv, key, processors)
         if better:
             return better
