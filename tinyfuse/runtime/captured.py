@@ -54,7 +54,7 @@ class Captured:
 
     ``state``: what ``run`` changes and has to be found unchanged after the warm-up, as are the random numbers. The keys
     and values that the warm-up writes are those that the first replay writes again. ``stream`` is one that no other
-    model captures on: attention counts its programs per stream. ``like``: a graph whose memory this one shares, for the
+    model captures on: products count their programs per stream. ``like``: a graph whose memory this one shares, for the
     two never run at the same time. Raises NotCapturable, with ``state`` as it was.
     """
 
