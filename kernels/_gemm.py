@@ -316,7 +316,7 @@ def tile(m: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> Co
 
 def _fewer_rows(m: int, n: int, k: int, processors: int) -> int | None:
     """Rows of a tile with which 17 to 64 rows of x are faster, without shares of K, or None: as few as leave one tile
-    to a multiprocessor. From a depth of 2048 on more than half of these must have one."""
+    to a multiprocessor. Deeper than 2048, more than half of these must have one."""
     if not 16 < m <= 64 or k > 4096:
         return None
     block_m, blocks_n = 32 if m <= 32 else 64, triton.cdiv(n, 64)

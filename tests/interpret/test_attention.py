@@ -159,8 +159,8 @@ def test_plans_of_a_token_fill_a_gpu_and_no_more(monkeypatch, processors):
         for length, ahead in itertools.product([1, 200, 1000, 8192, 40000], [True, False]):
             _attention_decode.plan.cache_clear()
             p = _attention_decode.plan(rows, programs, length, width, itemsize, ahead, device)
-            registers = 65536 // (32 * p.warps * (p.registers or 255))
-            assert p.splits == 1 or p.splits * programs <= registers * processors, (rows, programs, length, p)
+            at_once = 65536 // (32 * p.warps * (p.registers or 255)) * processors
+            assert p.splits == 1 or p.splits * programs <= at_once, (rows, programs, length, p)
             assert p.splits <= _attention_decode.MAX_SPLITS and (p.splits - 1) * p.block_n < length
     _attention_decode.plan.cache_clear()
 
