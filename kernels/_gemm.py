@@ -322,8 +322,8 @@ def _fewer_rows(m: int, n: int, k: int, processors: int) -> int | None:
     block_m, blocks_n = 32 if m <= 32 else 64, triton.cdiv(n, 64)
     while block_m > 16 and blocks_n * triton.cdiv(m, block_m // 2) <= processors:
         block_m //= 2
-    fills = k <= 2048 or blocks_n * triton.cdiv(m, block_m) > processors // 2
-    return block_m if fills and block_m < 64 else None
+    least = 0 if k <= 2048 else processors // 2
+    return block_m if block_m < 64 and least < blocks_n * triton.cdiv(m, block_m) <= processors else None
 
 
 @jit

@@ -149,20 +149,18 @@ def test_masked_cache_slots_may_hold_anything(Sq):
 
 
 @pytest.mark.parametrize("processors", [132, 108, 46])
-def test_plans_of_a_token_fill_a_gpu_and_no_more(monkeypatch, processors):
-    """Programs beyond those that run at once would wait for a second wave, which takes as long as the first."""
+def test_all_splits_of_a_token_run_at_once(monkeypatch, processors):
+    """Others would wait for a second wave, which takes as long as the first."""
     monkeypatch.setattr(_attention_decode, "_multiprocessors", lambda device: processors)
-    device = torch.device("cpu")
+    plan, device = _attention_decode.plan.__wrapped__, torch.device("cpu")
     for rows, programs, width, itemsize in itertools.product(
         [1, 4, 8], [1, 4, 8, 32, 40, 128, 256], [64, 128, 256], [2, 4]
     ):
         for length, ahead in itertools.product([1, 200, 1000, 8192, 40000], [True, False]):
-            _attention_decode.plan.cache_clear()
-            p = _attention_decode.plan(rows, programs, length, width, itemsize, ahead, device)
+            p = plan(rows, programs, length, width, itemsize, ahead, device)
             at_once = 65536 // (32 * p.warps * (p.registers or 255)) * processors
             assert p.splits == 1 or p.splits * programs <= at_once, (rows, programs, length, p)
             assert p.splits <= _attention_decode.MAX_SPLITS and (p.splits - 1) * p.block_n < length
-    _attention_decode.plan.cache_clear()
 
 
 @pytest.mark.parametrize(
