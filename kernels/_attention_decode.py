@@ -26,6 +26,7 @@ MAX_ROWS = 16
 MAX_SPLITS = 128
 FEW_SPLITS = 64  # up to which the merge, which fills up to a power of two, is worth it for fewer than 8192 keys
 STAGES = 3  # of the loop that waits for a mask
+REGISTERS = 65536  # of a multiprocessor
 BLOCK_BYTES = 8192  # of keys that one program of 4 warps has in registers, and as many of values
 
 
@@ -129,6 +130,28 @@ def _load(x, x_n: tl.constexpr, start, keep, N: tl.constexpr, D: tl.constexpr, B
     """Rows ``start`` ... ``start`` + N - 1 of x, those that ``keep`` [N]."""
     n, d = tl.arange(0, N)[:, None], tl.arange(0, BLOCK_D)[None, :]
     return tl.load(x + start.to(tl.int64) * x_n + (n * x_n + d), mask=keep[:, None] & (d < D), other=0.0)
+
+
+@jit
+def _scores(query, key):
+    """query key^T in fp32, [rows, keys]."""
+    if query.shape[0] == 1:
+        return tl.sum(key.to(tl.float32) * query.to(tl.float32), 1)[None, :]
+    elif query.shape[0] < 16:
+        return tl.sum(query.to(tl.float32)[:, None, :] * key.to(tl.float32)[None, :, :], 2)
+    else:
+        return tl.dot(query, tl.trans(key), input_precision="tf32x3")
+
+
+@jit
+def _add_values(acc, p, value):
+    """acc + p value."""
+    if p.shape[0] == 1:
+        return acc + tl.sum(tl.trans(p) * value.to(tl.float32), 0)[None, :]
+    elif p.shape[0] < 16:
+        return acc + tl.sum(p[:, :, None] * value.to(tl.float32)[None, :, :], 1)
+    else:
+        return tl.dot(p.to(value.dtype), value, acc, input_precision="tf32x3")
 
 
 @jit
@@ -246,7 +269,7 @@ def _decode(
             value = _load(v, v_n, start, keep, BLOCK_N, DV, BLOCK_DV)
         if new_k is not None and i == at_block:
             key, value = tl.where((n == at)[:, None], k_new, key), tl.where((n == at)[:, None], v_new, value)
-        score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
+        score = _scores(query, key) * scale
         if cap is not None:
             score = capped(score, cap)
         score += bias
@@ -257,7 +280,7 @@ def _decode(
         shift = tl.where(higher == float("-inf"), 0.0, higher)
         p = tl.exp2(score - shift[:, None])
         decay = tl.exp2(top - shift)
-        acc = tl.dot(p.to(v.dtype.element_ty), value, acc * decay[:, None], input_precision="ieee")
+        acc = _add_values(acc * decay[:, None], p, value)
         if AHEAD:
             value = _load(v, v_n, start, start + tile < last, BLOCK_N, DV, BLOCK_DV)
         total = total * decay + tl.sum(p, 1)
@@ -308,21 +331,32 @@ def plan(rows: int, programs: int, Skv: int, width: int, itemsize: int, ahead: b
     As measured in whole decode steps of 16 bits on an H200. Programs of up to 16 rows have 4 warps and blocks of
     ``BLOCK_BYTES``, four to a multiprocessor, or two where a key is large; together they fill it once.
     """
+    key, processors = width * itemsize, _multiprocessors(device)
+    if itemsize == 4 and rows <= 4:
+        return _row_by_row(triton.next_power_of_2(rows), programs, Skv, key, processors)
     block_r = min(64, max(16, triton.next_power_of_2(rows)))
-    key = width * itemsize
     programs *= triton.cdiv(rows, block_r)
-    processors = _multiprocessors(device)
     if ahead and block_r == 16 and itemsize == 2 and key <= 256:
         better = _one_wave(programs, Skv, key, processors) or _small_blocks(programs, Skv, key, processors)
         if better:
             return better
-    block_n = max(32 if block_r == 16 else 16, min(128, BLOCK_BYTES // key))
+    block_n = max(32 if block_r == 16 and key <= 512 else 16, min(128, BLOCK_BYTES // key))
     blocks = triton.cdiv(Skv, block_n)
     registers = 128 if block_r == 16 and block_n * key <= BLOCK_BYTES else None
-    wave = (4 if registers else 2) * processors / programs
+    wave = REGISTERS // (32 * 4 * (registers or 255)) * processors / programs
     # With more rows, four small programs once each has 8 blocks: partial results stay few.
     splits = int(wave) if block_r == 16 else int(max(wave, min(2 * wave, blocks / 8)))
     return Plan(block_r, block_n, max(1, min(splits, blocks, FEW_SPLITS)), 4, registers)
+
+
+def _row_by_row(rows: int, programs: int, Skv: int, key: int, processors: int) -> Plan:
+    """fp32 with few rows, which ``tl.dot`` would pad to 16: as measured alone on an H200, warps by themselves, 12 to a
+    multiprocessor, or 8 where they hold more than 4 KB of products."""
+    block_n = max(8 if rows == 1 else 4, 4096 // (key * rows))
+    held = rows * block_n * key
+    warps, registers = 1 if held <= 8192 else 2, 168 if held <= 4096 else 255
+    wave = REGISTERS // (32 * warps * registers) * processors // programs
+    return Plan(rows, block_n, max(1, min(wave, triton.cdiv(Skv, block_n), MAX_SPLITS)), warps, registers)
 
 
 def _one_wave(programs: int, Skv: int, key: int, processors: int) -> Plan | None:

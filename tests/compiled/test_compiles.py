@@ -119,8 +119,9 @@ def stack_bytes(kernel):
     return int(re.search(r"STACK:(\d+)", used.stdout)[1])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("heads, kv_heads, D", [(32, 32, 128), (32, 8, 128), (32, 8, 64), (8, 4, 256), (8, 8, 256)])
-def test_attention_of_a_token_has_the_registers_it_needs(hopper, monkeypatch, heads, kv_heads, D):
+def test_attention_of_a_token_has_the_registers_it_needs(hopper, monkeypatch, heads, kv_heads, D, dtype):
     """With its rotation and cache write it once took 1280 bytes of memory for each thread."""
     run, used = JITFunction.run, []
 
@@ -130,10 +131,10 @@ def test_attention_of_a_token_has_the_registers_it_needs(hopper, monkeypatch, he
     monkeypatch.setattr(JITFunction, "run", compile_only)
     monkeypatch.setattr(_attention_decode, "_multiprocessors", lambda device: 132)
     _attention_decode.plan.cache_clear()
-    table, pos = ones(1, 1, 1, D), torch.zeros(1, dtype=torch.int64)
+    table, pos = ones(1, 1, 1, D, dtype=dtype), torch.zeros(1, dtype=torch.int64)
     for batch, L in ((1, 256), (1, 8192), (4, 256), (8, 256), (8, 512), (32, 256), (32, 1024)):
-        q, cache = (ones(1, n, length, D).expand(batch, n, length, D) for n, length in ((heads, 1), (kv_heads, L)))
-        token = ones(batch, kv_heads, 1, D)
+        shapes = (batch, heads, 1, D), (batch, kv_heads, L, D), (batch, kv_heads, 1, D)
+        q, cache, token = (ones(1, *shape[1:], dtype=dtype).expand(shape) for shape in shapes)
         new = _attention_decode.New(token, token, table, table, pos, False)
         mask, bounds = torch.ones(batch, 1, 1, L, dtype=torch.bool), torch.zeros(batch, 4, dtype=torch.int32)
         _attention_decode.decode(q, cache, cache, mask, 0.1, False, new=new, bounds=bounds)

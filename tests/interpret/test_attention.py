@@ -158,7 +158,7 @@ def test_all_splits_of_a_token_run_at_once(monkeypatch, processors):
     ):
         for length, ahead in itertools.product([1, 200, 1000, 8192, 40000], [True, False]):
             p = plan(rows, programs, length, width, itemsize, ahead, device)
-            at_once = 65536 // (32 * p.warps * (p.registers or 255)) * processors
+            at_once = _attention_decode.REGISTERS // (32 * p.warps * (p.registers or 255)) * processors
             assert p.splits == 1 or p.splits * programs <= at_once, (rows, programs, length, p)
             assert p.splits <= _attention_decode.MAX_SPLITS and (p.splits - 1) * p.block_n < length
 
