@@ -38,7 +38,7 @@ CALLS = 16  # at least, in a graph: its launch takes the time of one
 
 @dataclass
 class Case:
-    """q [1, H, Sq, D] over a cache [1, Hkv, Skv, D]; ``live`` positions of it are written."""
+    """q [1, H, Sq, D] over a cache [1, Hkv, Skv, D] of ``dtype``; ``live`` positions of it are written."""
 
     H: int
     Hkv: int
@@ -46,15 +46,17 @@ class Case:
     Sq: int
     Skv: int
     live: int
+    dtype: str = "bfloat16"
 
     def inputs(self) -> tuple[list[tuple[Tensor, Tensor, Tensor]], Tensor]:
-        nbytes = 2 * self.Hkv * self.Skv * self.D * 2 * 2
+        dtype = getattr(torch, self.dtype)
+        nbytes = 2 * self.Hkv * self.Skv * self.D * dtype.itemsize * 2
         l2 = torch.cuda.get_device_properties(DEVICE).L2_cache_size
         sets = min(32, max(3, 2 * l2 // nbytes + 1)) if self.Skv * self.Sq < 2**22 else 2
         g = torch.Generator(DEVICE).manual_seed(0)
 
         def random(heads: int, length: int) -> Tensor:
-            return torch.randn(1, heads, length, self.D, generator=g, device=DEVICE, dtype=torch.bfloat16)
+            return torch.randn(1, heads, length, self.D, generator=g, device=DEVICE, dtype=dtype)
 
         made = [(random(self.H, self.Sq), random(self.Hkv, self.Skv), random(self.Hkv, self.Skv)) for _ in range(sets)]
         j = torch.arange(self.Skv, device=DEVICE)
@@ -236,6 +238,8 @@ def cases(only: str | None) -> list[tuple[str, Case]]:
             found.append(("decode", Case(H, Hkv, D, 1, size, live)))
         for live, size in ((128, 128), (128, 1024), (512, 512), (509, 509), (2048, 2048), (2041, 4096), (8192, 8192)):
             found.append(("prefill", Case(H, Hkv, D, live, size, live)))
+    for H, Hkv, D in [*HEADS, (12, 12, 64)]:
+        found += [("decode", Case(H, Hkv, D, 1, n, n, "float32")) for n in (128, 1024, 8192)]
     for H, Hkv, D in [(8, 8, 256), (32, 8, 80), (12, 12, 96)]:
         found += [("decode", Case(H, Hkv, D, 1, n, n)) for n in (512, 8192)]
         found += [("prefill", Case(H, Hkv, D, n, n, n)) for n in (128, 512, 2048)]
@@ -285,11 +289,12 @@ def main() -> None:
 
 def show(row: dict, bandwidth: float) -> None:
     us = row["us"]
-    floor = row["Hkv"] * row["live"] * row["D"] * 4 / bandwidth * 1e6
+    heads, itemsize = f"{row['H']}/{row['Hkv']}x{row['D']}", getattr(torch, row["dtype"]).itemsize
+    floor = 2 * row["Hkv"] * row["live"] * row["D"] * itemsize / bandwidth * 1e6
     wrong = [n for n, e in row["error"].items() if not e <= 2 * row["error"]["stock"]]
     fastest = sorted((t, n) for n, t in us.items() if n.startswith("("))[:3]
     print(
-        f"{row['kind']} {row['H']}/{row['Hkv']}x{row['D']} Sq {row['Sq']} live {row['live']}/{row['Skv']}"
+        f"{row['kind']} {row['dtype']} {heads} Sq {row['Sq']} live {row['live']}/{row['Skv']}"
         f" floor {floor:.1f}: " + ", ".join(f"{n} {t:.1f}" for n, t in us.items() if not n.startswith("(")),
         f"| stock/ours {us['stock'] / us['tinyfuse']:.2f} | host {[round(t) for t in row['host_us'].values()]}"
         f" | best {[(round(t, 1), n) for t, n in fastest]} | wrong {wrong} {row['failed'] or ''}",

@@ -337,7 +337,8 @@ def plan(rows: int, programs: int, Skv: int, width: int, itemsize: int, ahead: b
     block_r = min(64, max(16, triton.next_power_of_2(rows)))
     programs *= triton.cdiv(rows, block_r)
     if ahead and block_r == 16 and itemsize == 2 and key <= 256:
-        better = _one_wave(programs, Skv, key, processors) or _small_blocks(programs, Skv, key, processors)
+        shape = programs, Skv, key, processors
+        better = _one_wave(*shape) or (_single_row(*shape) if rows == 1 else None) or _small_blocks(*shape)
         if better:
             return better
     block_n = max(32 if block_r == 16 and key <= 512 else 16, min(128, BLOCK_BYTES // key))
@@ -364,6 +365,19 @@ def _one_wave(programs: int, Skv: int, key: int, processors: int) -> Plan | None
     multiprocessor, if that leaves few idle."""
     fills = 0.7 <= programs / processors <= 1 or 1.8 <= programs / processors <= 2
     return Plan(16, min(128, 16384 // key), 1, 8, 128) if fills and Skv * key <= 1 << 16 else None
+
+
+def _single_row(programs: int, Skv: int, key: int, processors: int) -> Plan | None:
+    """A row by itself, which no tensor core need pad to 16: eight programs of one warp to a multiprocessor where each
+    has two blocks, or for small keys one block of up to 768 keys."""
+    wave = 8 * processors // programs
+    if key <= 128:
+        blocks = triton.cdiv(Skv, 16)
+        return Plan(1, 16, blocks, 1) if blocks <= min(wave, 48) else None
+    if not 2 <= wave <= FEW_SPLITS:
+        return None
+    block_n = 16 if Skv >= 32 * wave else 8
+    return Plan(1, block_n, wave, 1) if triton.cdiv(Skv, block_n) >= 2 * wave else None
 
 
 def _small_blocks(programs: int, Skv: int, key: int, processors: int) -> Plan | None:

@@ -143,6 +143,23 @@ def test_a_failing_kernel_is_replaced_by_its_reference(llama, monkeypatch, caplo
     assert any("gated_linear/broken" in r.getMessage() for r in caplog.records)
 
 
+def test_a_failure_that_the_reference_shares_is_not_the_kernels(monkeypatch) -> None:
+    """A capture that something else had ended once left its next kernel out of use for the rest of the process."""
+    from tinyfuse.op import OPS, Kernel
+
+    def fail(*args):
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+    op = OPS["rms_norm"]
+    broken = dict(op.broken)
+    monkeypatch.setattr(op, "kernels", (Kernel("innocent", "cpu", lambda *args: None, fail),))
+    monkeypatch.setattr(op, "chosen", {})
+    monkeypatch.setattr(op, "reference", fail)
+    with pytest.raises(RuntimeError, match="previous error"):
+        op(torch.ones(2, 8), torch.ones(8), 1e-6, False, False)
+    assert op.broken == broken and not any("innocent" in where for where, _ in fallback.seen)
+
+
 def test_error_mode_raises_instead_of_falling_back(llama, monkeypatch) -> None:
     model, inputs = llama
     monkeypatch.setattr(fallback, "mode", "error")

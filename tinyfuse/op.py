@@ -64,7 +64,8 @@ class Op:
         return None, reason
 
     def run(self, kernel: Kernel, *args: Any) -> Any:
-        """Run ``kernel``; one that cannot be built or launched is replaced by the reference from then on."""
+        """Run ``kernel``; one that cannot be built or launched is replaced by the reference from then on, but where the
+        reference fails too: on wrong arguments, or in a capture that an error before has ended."""
         if rehearsing():
             return once((self.name, kernel.name, metadata(args)), partial(_run, kernel, args))
         try:
@@ -72,11 +73,12 @@ class Op:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
+            result = self.reference(*args)
             reason = f"kernel {self.name}/{kernel.name} failed: {type(error).__name__}: {error}"
             fallback.record(f"{self.name}/{kernel.name}", reason, error)
             self.broken[kernel.name] = reason
             self.chosen.clear()
-            return self.reference(*args)
+            return result
 
     def __call__(self, *args: Any) -> Any:
         """Run the op on the kernel for its arguments."""

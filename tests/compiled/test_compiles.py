@@ -120,7 +120,9 @@ def stack_bytes(kernel):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("heads, kv_heads, D", [(32, 32, 128), (32, 8, 128), (32, 8, 64), (8, 4, 256), (8, 8, 256)])
+@pytest.mark.parametrize(
+    "heads, kv_heads, D", [(32, 32, 128), (32, 8, 128), (20, 20, 64), (32, 8, 64), (8, 4, 256), (8, 8, 256)]
+)
 def test_attention_of_a_token_has_the_registers_it_needs(hopper, monkeypatch, heads, kv_heads, D, dtype):
     """With its rotation and cache write it once took 1280 bytes of memory for each thread."""
     run, used = JITFunction.run, []
@@ -132,7 +134,7 @@ def test_attention_of_a_token_has_the_registers_it_needs(hopper, monkeypatch, he
     monkeypatch.setattr(_attention_decode, "_multiprocessors", lambda device: 132)
     _attention_decode.plan.cache_clear()
     table, pos = ones(1, 1, 1, D, dtype=dtype), torch.zeros(1, dtype=torch.int64)
-    for batch, L in ((1, 256), (1, 8192), (4, 256), (8, 256), (8, 512), (32, 256), (32, 1024)):
+    for batch, L in ((1, 256), (1, 640), (1, 8192), (4, 256), (8, 256), (8, 512), (32, 256), (32, 1024)):
         shapes = (batch, heads, 1, D), (batch, kv_heads, L, D), (batch, kv_heads, 1, D)
         q, cache, token = (ones(1, *shape[1:], dtype=dtype).expand(shape) for shape in shapes)
         new = _attention_decode.New(token, token, table, table, pos, False)

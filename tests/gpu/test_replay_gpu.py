@@ -152,3 +152,27 @@ def test_a_compile_config_that_names_the_backend(made):
         made_now = model.generate(ids, **settings, cache_implementation="static", compile_config=config)
         assert torch.equal(expected, made_now)
     assert any(graph.replays > 20 for graph in made)
+
+
+def test_garbage_is_not_collected_within_a_capture():
+    """A destructor's call that no capture may hold ends it, and the next kernel is told of a previous error."""
+
+    class Garbage:
+        def __init__(self):
+            self.itself = self
+
+        def __del__(self):
+            if torch.cuda.is_current_stream_capturing():
+                torch.cuda.synchronize()
+
+    x = torch.ones(8, device="cuda")
+
+    def run():
+        for _ in range(20000):
+            Garbage()
+        return x + 1
+
+    gc.collect()
+    graph = Captured(run, [], torch.cuda.Stream())
+    x.fill_(3)
+    assert torch.equal(graph(), torch.full_like(x, 4)) and gc.isenabled()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -79,7 +80,7 @@ class Captured:
                             torch._foreach_copy_(state, held)
             torch.cuda.current_stream(device).wait_stream(stream)
             torch.cuda.synchronize(device)
-            with torch.cuda.stream(stream), _own_workspaces():
+            with torch.cuda.stream(stream), _own_workspaces(), no_collection():
                 torch.cuda.empty_cache()
                 self._capture(run, device)
         finally:
@@ -104,6 +105,19 @@ class Captured:
     def __call__(self) -> Any:
         self.graph.replay()
         return self.result
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """The garbage collector waits: what a destructor asks of CUDA, such as the end of a module or of another graph, may
+    end a capture, and looking through all that is imported took it a fifth of a first call."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from tinyfuse.fallback import FallbackError
 from tinyfuse.graph.nodes import autocast_is_on
 from tinyfuse.graph.record import Declined, Given, Recording, record
 from tinyfuse.report import Report, collect
+from tinyfuse.runtime.captured import no_collection
 from tinyfuse.runtime.forward import CACHE, GraphCall, sequence_dims
 from tinyfuse.runtime.window import WindowLayer
 
@@ -106,18 +106,6 @@ def _code_of(function: Callable[..., Any]) -> list[Any]:
     return [inner, inner.__code__, *(id(inner.__globals__.get(name)) for name in inner.__code__.co_names)]
 
 
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """The garbage collector waits: looking through all that is imported took it a fifth of a first call."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
 @dataclass
 class Compiled:
     recording: Recording
@@ -179,7 +167,7 @@ class Recordings:
         found = next((c for c in known if c.recording.holds(tensors)), None)
         if found is None:
             try:
-                with _no_collection():
+                with no_collection():
                     found = self._record(arguments, given, len(known))
                     _compile_kernels(_bound(found, arguments, tensors), after, beside)
             except FallbackError:
