@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -261,6 +262,17 @@ def test_a_missing_package_is_said_with_the_fix(monkeypatch) -> None:
     with pytest.raises(UsageError, match="pip install torchao"):
         variants.choose("torchao-int8", variants.VARIANTS)
     assert "torchao-int8" not in [variant.name for variant in variants.choose(None, variants.VARIANTS)]
+
+
+def test_the_demo_extra_installs_what_the_demo_needs() -> None:
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    extra = {name.replace("-", "_") for name in project["optional-dependencies"]["demo"]}
+    assert extra == set(models.DEMO_NEEDS)
+
+
+def test_doctor_says_that_the_demo_misses_a_package(monkeypatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "accelerate" else name)
+    assert "tinyfuse[demo]" in doctor._demo().fix
 
 
 def test_doctor_finds_a_folder_it_cannot_write_to(tmp_path: Path, monkeypatch, capsys) -> None:

@@ -17,7 +17,7 @@ import torch
 from packaging.requirements import Requirement
 
 from tinyfuse.bench.environment import cpu_name, version
-from tinyfuse.bench.models import DEMO
+from tinyfuse.bench.models import DEMO_NEEDS
 from tinyfuse.choices import cache_folder
 
 
@@ -144,7 +144,7 @@ def _backend() -> Check:
 
 
 def _demo() -> Check:
-    if all(importlib.util.find_spec(package) for package in (DEMO[0], "gguf")):
+    if all(importlib.util.find_spec(package) for package in DEMO_NEEDS):
         return Check("demo model", "ok", "installed")
     return Check(
         "demo model",

