@@ -312,9 +312,9 @@ struct Scratch {
   size_t size = 0;
   ~Scratch() { std::free(data); }
   char* need(size_t bytes) {
-    if (bytes > size) {
+    if (bytes > size || !data) {  // null says that there is no memory, not that none was asked for
       std::free(data);
-      size = (bytes + bytes / 4 + 4095) / 4096 * 4096;
+      size = (bytes + bytes / 4) / 4096 * 4096 + 4096;
       data = (char*)std::aligned_alloc(64, size);
       if (!data) size = 0;
     }

@@ -456,6 +456,22 @@ def test_many_rows_go_to_what_is_faster():
     assert attention.OP.choose(q[:, :, :1], *args[1:])[0].name == "native"
 
 
+def test_a_thread_may_begin_with_nothing():
+    """Such as the rows of an expert that no token chose: an empty result, and no kernel is given up for it."""
+    none = torch.empty(0, 64, dtype=torch.bfloat16)
+    q, k, v = attention_inputs(0, 4, 2, 1, 8, 16, 16, torch.bfloat16)
+    calls = [
+        (linear.OP, none, torch.ones(32, 64, dtype=torch.bfloat16), None, None, None),
+        (linear.OP, none, torch.ones(32, 64, dtype=torch.int8), torch.ones(32), None, None),
+        (attention.OP, q, k, v, None, 0.25, False),
+        (attention.OP, *attention_inputs(1, 4, 2, 0, 8, 16, 16, torch.bfloat16), None, 0.25, False),
+    ]
+    for op, *args in calls:
+        with ThreadPoolExecutor(1) as thread:
+            assert thread.submit(op, *args).result().numel() == 0
+        assert not op.broken
+
+
 def test_unsupported_arguments_are_declined_with_a_reason():
     x, weight = torch.randn(2, 8), torch.randn(4, 8)
     assert "are contiguous" in linear.supports_native(x, torch.randn(4, 16)[:, ::2], None, None, None)
