@@ -20,6 +20,7 @@ from tinyfuse.kernels._triton import once, rehearsing
 
 _library = torch.library.Library("tinyfuse", "DEF")
 OPS: dict[str, Op] = {}
+_UNKNOWN: Any = object()
 MOST_CHOICES = 4096  # remembered per op; prompts of ever new lengths each add one
 
 
@@ -87,7 +88,8 @@ class Op:
     def dispatch(self, key: Hashable, args: Sequence[Any], moving: Sequence[int] = ()) -> Any:
         """Run the op; the choice of the kernel is remembered by ``key``, which stands for the metadata of ``args``, of
         which those at ``moving`` change with the prompt."""
-        if key not in self.chosen:
+        kernel = self.chosen.get(key, _UNKNOWN)  # once: another thread may clear them
+        if kernel is _UNKNOWN:
             if len(self.chosen) >= MOST_CHOICES:
                 self.chosen.clear()
             kernel, reason = self.choose(*args)
@@ -98,7 +100,6 @@ class Op:
                     return self.run(kernel, *args)
                 kernel = self._fastest(args, moving)
             self.chosen[key] = kernel
-        kernel = self.chosen[key]
         return self.reference(*args) if kernel is None else self.run(kernel, *args)
 
     def timed(self, args: Sequence[Any]) -> bool:
