@@ -149,6 +149,13 @@ def test_choices_may_be_cleared_by_another_thread():
     assert [op(x)[0], op(x)[0]] == ["first", "first"]
 
 
+def test_a_choice_is_not_that_of_other_alignment():
+    """Weights that are parts of one buffer, as sharding lays them out."""
+    op, buffer = make(), torch.ones(64)
+    op.kernels = [Kernel("first", "cpu", lambda x: "unaligned" if x.storage_offset() % 16 else None, op.kernels[0].run)]
+    assert [op(buffer[start : start + 8])[0] for start in (0, 3, 16)] == ["first", "reference", "first"]
+
+
 def test_a_graph_of_fixed_shapes_leaves_the_choice_to_its_first_call(timed):
     timed.times["stock"] = 0.5
     model = nn.Sequential(nn.RMSNorm(16), nn.Linear(16, 8), nn.GELU(), nn.Linear(8, 4)).eval()
