@@ -343,9 +343,11 @@ def _bind_cast(n: int, k: int, stride: int, ahead: bool, *_dtype_device: Any) ->
     return Launch(_cast, (n, triton.cdiv(k, block)), (stride, k, block, ahead), 4, ahead)
 
 
-def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """scale[:, None] * weight in ``dtype``."""
+def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype, made: bool = False) -> Tensor:
+    """scale[:, None] * weight in ``dtype``. ``made``: a kernel may have just written them, so they are not read ahead
+    of its end."""
     out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-    launch = _bind_cast(*weight.shape, weight.stride(0), pdl(weight.device), dtype, weight.device)
+    ahead = pdl(weight.device) and not made
+    launch = _bind_cast(*weight.shape, weight.stride(0), ahead, dtype, weight.device)
     launch(weight, scale, out)
     return out

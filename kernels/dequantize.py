@@ -53,7 +53,8 @@ def supports_cast(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> str | No
 
 
 def run_cast(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    return _gemm.dequantize(weight.flatten(0, -2), scale.flatten(), dtype).view(weight.shape)
+    rows, factors = weight.flatten(0, -2), scale.flatten()  # of chosen experts: gathered by the kernel before
+    return _gemm.dequantize(rows, factors, dtype, made=True).view(weight.shape)
 
 
 def fake(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

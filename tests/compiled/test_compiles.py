@@ -37,6 +37,7 @@ from tinyfuse.kernels import (
     _one_row,
     add_layer_norm,
     add_rms_norm,
+    dequantize,
     gated_act,
     kv_append,
     layer_norm,
@@ -279,6 +280,16 @@ def test_what_a_rehearsal_compiles_is_not_compiled_again(hopper, monkeypatch, re
     request.getfixturevalue("compiled")
     launches()
     assert not made
+
+
+def test_weights_that_were_just_gathered_are_not_read_ahead(hopper):
+    """A kernel in dependent launch may start before the one in front of it has written them."""
+    int8, scale = weight(64, 320, True)
+    with side_by_side() as block, FakeTensorMode(allow_non_fake_inputs=True), rehearsal():
+        _gemm.dequantize(int8, scale, BF16)
+        dequantize.run_cast(int8.view(4, 16, 320), scale.view(4, 16), BF16)
+    ahead = [dict(options).get("launch_pdl", False) for _, _, options in block.launches]
+    assert ahead == [True, False]
 
 
 def test_kernels_of_several_rehearsals_compile_at_once(hopper, monkeypatch):
