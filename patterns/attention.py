@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import tinyfuse.kernels.attention  # noqa: F401
-from tinyfuse.graph.nodes import same_size, sdpa, value
+from tinyfuse.graph.nodes import same_ones, same_size, sdpa, value
 from tinyfuse.graph.pattern import Check, Expr, Pattern, anything, call, optional, tensor
 
 attention = torch.ops.tinyfuse.attention.default
@@ -28,10 +28,12 @@ def repeated(source, name):
 def heads_repeat(m):
     """Both reshapes merge kv heads with their groups and nothing else."""
     result = m.roots[0].meta["example_value"]
-    for name in ("k", "v"):
+    for name, merged in (("k", HEADS[0].keys), ("v", HEADS[0].values)):
         groups = m.captures[f"{name}_expand"][2]
         shape = m.captures[f"{name}_shape"]
         if not isinstance(groups, int) or len(shape) != 4 or not same_size(m.shape(name)[1] * groups, shape[1]):
+            return False
+        if not same_ones(m.shape(name)[2:], value(m.nodes[merged]).shape[2:]):
             return False
     return same_size(value(m.q).shape[1], result.shape[1])
 
@@ -53,6 +55,16 @@ def scale_of(m):
 rank_4 = Check(
     lambda m: all(m.value(name).dim() == 4 for name in ("q", "k", "v")), "its tensors do not have 4 dimensions"
 )
+
+
+def repeats_nothing(m):
+    """q, k and v are of as many sequences, k and v of as many tokens, and the mask has no more rows than q."""
+    (batch, _, keys, _), result = m.shape("k"), m.roots[0].meta["example_value"].shape
+    alike = all(same_ones((batch, keys), (m.shape(n)[0], m.shape(n)[2] if n == "v" else keys)) for n in ("q", "v"))
+    return alike and same_ones(m.shape("q")[:3], result[:3])
+
+
+one_size = Check(repeats_nothing, "a sequence, a head or a row is repeated for those of another tensor")
 known_scale = Check(
     lambda m: m.scale is not None or isinstance(m.shape("q")[3], int), "its scale depends on a dynamic head_dim"
 )
@@ -96,7 +108,7 @@ def sdpa_pattern(name, keys, values, gqa, fit, example):
         name=f"attention_{name}",
         stage="lift",
         roots=(call(sdpa, q, keys, values, mask, 0.0, is_causal, scale, gqa),),
-        where=(rank_4, known_scale, fit),
+        where=(rank_4, one_size, known_scale, fit),
         to=fused,
         example=example,
     )

@@ -11,7 +11,7 @@ import torch
 
 from tinyfuse.graph.nodes import same_shape, value
 from tinyfuse.graph.pattern import Check, Pattern, anything, call, cast, scalar, tensor
-from tinyfuse.patterns.attention import HEADS, attention, q, rank_4
+from tinyfuse.patterns.attention import HEADS, attention, one_size, q, rank_4
 from tinyfuse.patterns.attention_softmax import DTYPES, in_fp32
 
 bias, shown = tensor("bias shown")
@@ -42,6 +42,7 @@ def pattern(heads):
         roots=(call(torch.matmul, call(torch.masked_fill, weights, again, 0), heads.values),),
         where=(
             rank_4,
+            one_size,
             Check(lambda m: in_fp32(m, m.inside, m.dtype("bias")), DTYPES),
             heads.fit,
             Check(lambda m: same_shape(value(m.nodes[once]), value(m.nodes[again])), "it hides and empties others"),

@@ -3,9 +3,10 @@
 import torch
 
 from tinyfuse.graph import nodes
-from tinyfuse.graph.nodes import same_size, value
+from tinyfuse.graph.nodes import same_ones, same_size, value
 from tinyfuse.graph.pattern import Check, Pattern, anything, call, cast, one_of, scalar, tensor
 from tinyfuse.patterns.attention import attention, example, k, q, rank_4, v
+from tinyfuse.patterns.attention_softmax import two_dims
 
 bias, added, alpha = *tensor("bias added"), scalar("alpha")
 
@@ -51,6 +52,7 @@ def pattern(name, root, scores, to, where=(), rows=1):
         roots=(root,),
         where=(
             rank_4,
+            two_dims,
             Check(lambda m: m.dtype("q") is m.dtype("bias") is m.dtype("v"), "its mask has another dtype"),
             Check(lambda m: merged(m) and split(m), "its products are not over batch and heads"),
             *where,
@@ -80,7 +82,10 @@ def positioned(m):
     return call(torch.add, call(torch.unflatten, m.added, 0, (-1, m.shape("q")[1])), m.bias)
 
 
-where = (Check(lambda m: m.dtype("added") is m.dtype("q"), "its bias has another dtype"),)
+where = (
+    Check(lambda m: m.dtype("added") is m.dtype("q"), "its bias has another dtype"),
+    Check(lambda m: same_ones(m.shape("added")[:-2], shape(m, queries)[:1]), "its bias is not that of each head"),
+)
 
 
 def biased(m):

@@ -7,9 +7,9 @@ import operator
 
 import torch
 
-from tinyfuse.graph.nodes import same_size
+from tinyfuse.graph.nodes import same_ones, same_size
 from tinyfuse.graph.pattern import Check, Pattern, anything, call, cast, one_of, scalar, tensor
-from tinyfuse.patterns.attention import HEADS, q, rank_4
+from tinyfuse.patterns.attention import HEADS, one_size, q, rank_4
 from tinyfuse.patterns.attention_sinks import attend_one_more_key
 from tinyfuse.patterns.attention_softmax import alike
 
@@ -26,8 +26,9 @@ def with_one_more_key(m):
 
 def fits(m):
     mask, (batch, heads) = m.shape("bias"), m.shape("q")[:2]
-    one_sink = tuple(m.spread) == (1, -1, 1) and m.value("sinks").dim() == 1 and isinstance(heads, int)
-    return len(mask) == 4 and same_size(mask[0], batch) and same_size(mask[1], 1) and one_sink
+    one_sink = tuple(m.spread) == (1, -1, 1) and isinstance(heads, int) and m.shape("sinks") == (heads,)
+    whole = len(mask) == 4 and same_ones(mask[3:], m.shape("k")[2:3])
+    return whole and same_size(mask[0], batch) and same_size(mask[1], 1) and one_sink
 
 
 def pattern(heads):
@@ -41,6 +42,7 @@ def pattern(heads):
         roots=(call(torch.matmul, weights, heads.values) * cast(share, "D"),),
         where=(
             rank_4,
+            one_size,
             Check(lambda m: alike(m, "q", "k", "v", "bias", "sinks"), "q, k, v, mask and sink differ in dtype"),
             heads.fit,
             Check(fits, "its mask is not [batch, 1, queries, keys], or its sink not [heads]"),

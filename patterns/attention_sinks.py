@@ -11,9 +11,9 @@ import operator
 import torch
 import torch.nn.functional as F
 
-from tinyfuse.graph.nodes import same_size
+from tinyfuse.graph.nodes import same_ones, same_size
 from tinyfuse.graph.pattern import Check, Pattern, anything, call, cast, one_of, scalar, tensor
-from tinyfuse.patterns.attention import HEADS, attention, q, rank_4
+from tinyfuse.patterns.attention import HEADS, attention, one_size, q, rank_4
 from tinyfuse.patterns.attention_softmax import DTYPES, in_fp32, shifted
 
 bias, sinks = tensor("bias sinks")
@@ -34,7 +34,8 @@ def fits(m):
     """The mask is that of each sequence for all heads, the sink one score per row."""
     mask, sink, (batch, heads) = m.shape("bias"), m.shape("sinks"), m.shape("q")[:2]
     one_sink = len(sink) == 4 and same_size(sink[3], 1) and same_size(sink[0], batch) and isinstance(heads, int)
-    return one_sink and len(mask) == 4 and same_size(mask[0], batch) and same_size(mask[1], 1)
+    whole = len(mask) == 4 and same_ones(mask[2:], (m.shape("q")[2], m.shape("k")[2]))
+    return one_sink and whole and same_size(mask[0], batch) and same_size(mask[1], 1)
 
 
 def without_last(weights):
@@ -56,6 +57,7 @@ def pattern(name, of_scores, heads, biased=masked, to=with_one_more_key, where=(
         roots=(call(torch.matmul, kept, heads.values),),
         where=(
             rank_4,
+            one_size,
             Check(lambda m: in_fp32(m, m.S, m.inside, *(m.dtype(n) for n in ("bias", "sinks", *more))), DTYPES),
             heads.fit,
             Check(fits, "its mask is not [batch, 1, queries, keys], or its sink not [batch, heads, queries, 1]"),

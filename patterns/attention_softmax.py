@@ -10,7 +10,7 @@ import torch
 
 from tinyfuse.graph import nodes
 from tinyfuse.graph.pattern import Check, Pattern, anything, call, cast, scalar, tensor
-from tinyfuse.patterns.attention import HEADS, attention, q, rank_4
+from tinyfuse.patterns.attention import HEADS, attention, one_size, q, rank_4
 
 bias, hidden, factor, fill, inside = *tensor("bias hidden"), *scalar("factor fill"), anything("inside")
 DTYPES = "q, k, v and weights differ in dtype, or what is between them is neither in it nor in fp32"
@@ -61,6 +61,9 @@ def dtypes_fit(m):
     return in_fp32(m, m.S, m.inside, m.dtype("bias") if "bias" in m.captures else None)
 
 
+two_dims = Check(lambda m: "bias" not in m.captures or m.value("bias").dim() > 1, "its mask has one dimension")
+
+
 def between_matmuls(name, form, heads, **more):
     """``more``: of the example."""
     of_scores, scale, mask = form
@@ -77,6 +80,8 @@ def between_matmuls(name, form, heads, **more):
         roots=(call(torch.matmul, weights, heads.values),),
         where=(
             rank_4,
+            one_size,
+            two_dims,
             Check(dtypes_fit, DTYPES),
             heads.fit,
             Check(lambda m: m.captures.get("fill", NEVER) <= NEVER, "what it hides keeps a part of its score"),

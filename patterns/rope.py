@@ -68,6 +68,15 @@ def positions(heads_dim):
     )
 
 
+def more_rows(m):
+    """Whether cos or sin have several rows where x has one, which is then repeated."""
+    ones = [dim for dim, size in enumerate(m.shape("x")) if same_size(size, 1)]
+    return not all(same_size(m.shape(name)[dim], 1) for name in ("cos", "sin") for dim in ones)
+
+
+repeats_nothing = Check(lambda m: not more_rows(m), "its input is repeated for the rows of cos and sin")
+
+
 def tables(m):
     """In the dtype of the products."""
     kept = m.dtype("cos") is products(m)
@@ -92,7 +101,7 @@ def layouts(name, root, interleaved, where, rotated, dtype=torch.float32, tables
             name=name + suffix,
             stage="lift",
             roots=(root,),
-            where=(rank_4, rounded_once, positions(heads_dim), where),
+            where=(rank_4, rounded_once, positions(heads_dim), repeats_nothing, where),
             to=lambda m: [to(m)],
             example=lambda: (
                 {n: torch.randn([s[i] for i in order]).to(dtype) for n, s in sizes.items()}

@@ -4,7 +4,7 @@ import operator
 
 import torch
 
-from tinyfuse.graph.nodes import same_size, value
+from tinyfuse.graph.nodes import same_ones, same_size, value
 from tinyfuse.graph.pattern import Check, Pattern, anything, call, cast, scalar, tensor
 from tinyfuse.patterns.rope import rope, swap, x
 
@@ -36,6 +36,10 @@ where = (
         "its turns are not one complex64 number per position and pair",
     ),
     Check(in_pairs, "it does not turn pairs"),
+    Check(
+        lambda m: same_ones(m.shape("x"), m.roots[0].meta["example_value"].shape),
+        "its input is repeated for the rows of its turns",
+    ),
     Check(lambda m: m.D is m.dtype("x") and m.D is not torch.float64, "its result has another dtype than its input"),
 )
 

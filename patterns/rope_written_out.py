@@ -9,7 +9,7 @@ import torch
 
 from tinyfuse.graph.nodes import same_size
 from tinyfuse.graph.pattern import Check, Pattern, call, cast, scalar
-from tinyfuse.patterns.rope import as_result, cos, positions, rank_4, rope, rounded_once, sin, swap, x
+from tinyfuse.patterns.rope import as_result, cos, positions, rank_4, repeats_nothing, rope, rounded_once, sin, swap, x
 from tinyfuse.patterns.rope_pairs import every_second
 
 last, parts, dim = scalar("last parts dim")
@@ -51,7 +51,7 @@ def of(name, a, b, where, source):
             name=name + suffix,
             stage="lift",
             roots=(written_out(a, b),),
-            where=(rank_4, rounded_once, positions(heads_dim), whole, *where),
+            where=(rank_4, rounded_once, positions(heads_dim), repeats_nothing, whole, *where),
             to=to,
             example=lambda: (
                 {n: torch.randn([s[i] for i in order]) for n, s in shapes.items()}

@@ -11,9 +11,18 @@ import torch
 
 from tests.graphs import Built
 from tinyfuse.graph.library import all_patterns
+from tinyfuse.graph.nodes import value
 from tinyfuse.graph.pattern import Call, Cast, Expr, Pattern, children, rebuild, walk
 
 PATTERNS = all_patterns()
+
+
+def targets_of(pattern: Pattern) -> list[Any]:
+    return [e.target for root in pattern.roots for e in walk(root) if isinstance(e, Call)]
+
+
+# In torch functions alone: what an op of ours is given has the shapes that it says.
+SPELLED = [p for p in PATTERNS if p.stage == "lift" and not any("tinyfuse" in str(t) for t in targets_of(p))]
 ALTERNATES = [pytest.param(p, roots, id=f"{p.name}-{i}") for p in PATTERNS for i, roots in enumerate(p.alternates())]
 
 
@@ -93,6 +102,39 @@ def test_no_mutation_is_rewritten_into_something_else(pattern: Pattern) -> None:
                 except AssertionError as error:
                     raise AssertionError(f"{pattern.name}: mutation {name} matches but differs") from error
     assert tried
+
+
+def broadcasts(example: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every example that differs in one tensor, or in all but one, by having one entry along a dim or no such dim."""
+    tensors = {name: given for name, given in example.items() if isinstance(given, torch.Tensor)}
+    for name, given in tensors.items():
+        others = [other for other in tensors if other != name and tensors[other].dim() == given.dim()]
+        for dim in range(given.dim()):
+            yield f"{name} of one along {dim}", {name: given.narrow(dim, 0, 1)}
+            yield f"all but {name} of one along {dim}", {other: tensors[other].narrow(dim, 0, 1) for other in others}
+        if given.dim() > 1:
+            yield f"{name} without its first dim", {name: given[0]}
+            yield f"{name} of its last dim alone", {name: given.reshape(-1, given.shape[-1])[0]}
+
+
+@pytest.mark.parametrize("pattern", SPELLED, ids=lambda p: p.name)
+def test_what_broadcasts_is_left_alone_or_equal(pattern: Pattern) -> None:
+    roots, example = pattern.alternates()[0], example_of(pattern)
+    for name, other in broadcasts(example):
+        try:
+            fused, stock = Built(roots, example | other), Built(roots, example | other)
+        except Exception:
+            continue  # not a program: the shapes do not fit
+        if not fused.rewrite([pattern]).hits:
+            continue
+        try:
+            expected = _flat(stock.run())
+        except Exception:
+            continue  # nor is this, which fake tensors let pass
+        shapes = [value(node).shape for node in fused.graph.output_node().all_input_nodes]
+        assert shapes == [value(node).shape for node in stock.graph.output_node().all_input_nodes], name
+        for mine, theirs in zip(_flat(fused.run()), expected, strict=True):
+            torch.testing.assert_close(mine, theirs, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.parametrize("pattern", [p for p in PATTERNS if p.size > len(p.roots)], ids=lambda p: p.name)

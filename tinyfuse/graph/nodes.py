@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -82,6 +82,11 @@ def same_size(a: Any, b: Any) -> bool:
 
 def same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dim() == b.dim() and all(map(same_size, a.shape, b.shape))
+
+
+def same_ones(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Whether two shapes are 1 in the same dims. Where only one of them is, it is repeated for the other."""
+    return len(a) == len(b) and all(same_size(x, 1) == same_size(y, 1) for x, y in zip(a, b, strict=True))
 
 
 def is_static(tensor: torch.Tensor) -> bool:
