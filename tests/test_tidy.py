@@ -7,10 +7,14 @@ import operator
 import torch
 from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_mutation
 
+import tinyfuse.kernels.linear
+import tinyfuse.kernels.rms_norm  # noqa: F401
 from tests.graphs import Built
+from tinyfuse.graph.lower import weight_is_made
 from tinyfuse.graph.nodes import writes
 from tinyfuse.graph.normalize import normalize
 from tinyfuse.graph.pattern import call, tensor
+from tinyfuse.graph.rewrite import op_of
 from tinyfuse.graph.share import share_common
 from tinyfuse.graph.tidy import batch_counters, bound_masks, drop_dead
 
@@ -138,6 +142,21 @@ def test_the_bounds_of_a_mask_are_found_once() -> None:
     assert targets(built).count(torch.ops.tinyfuse.mask_bounds.default) == 1
     for got, want in zip(built.run()[0], expected[0], strict=True):
         assert torch.equal(got, want)
+
+
+def test_a_product_does_not_read_ahead_what_a_kernel_makes() -> None:
+    """Of two results of kernels, and by a view of one; a parameter and what stock torch makes are there in time."""
+    linear, norm, w = torch.ops.tinyfuse.linear.default, torch.ops.tinyfuse.rms_norm.default, tensor("w")
+    example = {"x": torch.randn(4, 4), "w": torch.randn(4, 4)}
+    made = call(norm, w, None, 1e-6, False, True)
+    view = call(torch.transpose, call(torch.transpose, made, 0, 1), 0, 1)
+    weights = [w, made, view, w * 2.0]
+    products = [call(linear, x, weight, None, None, None) for weight in weights]
+    built = Built([*products, call(linear, made, w, None, None, made)], example)
+    ops = {node: op for node in built.graph.nodes if (op := op_of(node)) is not None}
+    found = [weight_is_made(op, node, ops, "cpu") for node, op in ops.items() if op.name == "linear"]
+    assert found == [False, True, True, False, False]
+    assert not any(weight_is_made(op, node, ops) for node, op in ops.items()), "the CPU runs one after the other"
 
 
 def test_views_have_one_spelling() -> None:

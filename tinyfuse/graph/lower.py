@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,12 +13,15 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
-from tinyfuse.graph.nodes import is_static, value, writes
+from tinyfuse.graph.nodes import is_static, is_tensor, value, writes
 from tinyfuse.graph.rewrite import op_of, run_fake
 from tinyfuse.graph.segments import make_segments
+from tinyfuse.graph.share import VIEWS
 from tinyfuse.op import Op, metadata
 
 AT_RUN_TIME = "at run time"
+_PRODUCTS = ("linear", "linear_group", "gated_linear", "rms_norm_linear_group", "rms_norm_gated_linear")
+_PASSING = {*VIEWS, torch.reshape, operator.getitem}
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,8 @@ def lower(graph: Graph) -> tuple[Callable[..., Any], dict[Node, Choice]]:
         op = op_of(node)
         if op is not None:
             written[node] = writes(node)
-            choices[node], node.target = _bind(op, node)
+            made = weight_is_made(op, node, choices)
+            choices[node], node.target = _in_order(op) if made else _bind(op, node)
     return GraphModule(torch.nn.Module(), _executable(graph, choices, written)).forward, choices
 
 
@@ -62,6 +67,24 @@ def _is_fixed(arg: Any) -> bool:
     """Whether an argument, or several, hold static shapes and no symbolic number."""
     values = [v for item in tree_leaves(arg) if isinstance(item, Node) for v in tree_leaves(value(item))]
     return all(is_static(v) if isinstance(v, torch.Tensor) else not isinstance(v, torch.SymInt) for v in values)
+
+
+def weight_is_made(op: Op, node: Node, ops: Collection[Node], device: str = "cuda") -> bool:
+    """Whether a weight of a product, or what else it reads ahead, is the result of one of ``ops``. On a GPU products
+    load those before they wait for the kernels in front, and may start before these have ended."""
+    ahead = (node.args[1:4] if op.name == "linear" else node.args[1:]) if op.name in _PRODUCTS else ()
+    found = [n for n in tree_leaves(ahead) if is_tensor(n) and value(n).device.type == device]
+    while found:
+        node = found.pop()
+        if node in ops:
+            return True
+        if node.target in _PASSING:
+            found.append(node.args[0])
+    return False
+
+
+def _in_order(op: Op) -> tuple[Choice, Callable[..., Any]]:
+    return Choice("reference", "a kernel makes its weight, which would be read ahead"), _callable(op, op.reference)
 
 
 def _bind(op: Op, node: Node) -> tuple[Choice, Callable[..., Any]]:
