@@ -281,6 +281,8 @@ def reason(x: Tensor, weights: list[Tensor], scales: list[Tensor | None], biases
         (b is None) != (biases[0] is None) for b in biases
     ):
         return "the GPU linears take scales and biases for all weights of a group or for none"
+    if len({b.dtype for b in biases if b is not None}) > 1:
+        return "the GPU linears take biases of one dtype"
     if (scales[0] is None) != (first.dtype != torch.int8):
         return "int8 weights, and no others, have scales"
     if any(t is not None and not t.is_contiguous() for t in (*scales, *biases)):

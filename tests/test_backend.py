@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import subprocess
 import sys
 
@@ -158,6 +159,12 @@ def test_a_failure_that_the_reference_shares_is_not_the_kernels(monkeypatch) -> 
     with pytest.raises(RuntimeError, match="previous error"):
         op(torch.ones(2, 8), torch.ones(8), 1e-6, False, False)
     assert op.broken == broken and not any("innocent" in where for where, _ in fallback.seen)
+
+
+def test_an_unknown_mode_in_the_environment_is_an_error() -> None:
+    command = [sys.executable, "-c", "from tinyfuse import optimize"]
+    done = subprocess.run(command, env=os.environ | {"TINYFUSE_FALLBACK": "eror"}, capture_output=True, text=True)
+    assert done.returncode == 1 and "TINYFUSE_FALLBACK is 'eror': set it to warn or error" in done.stderr
 
 
 def test_error_mode_raises_instead_of_falling_back(llama, monkeypatch) -> None:

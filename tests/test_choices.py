@@ -149,6 +149,13 @@ def test_choices_may_be_cleared_by_another_thread():
     assert [op(x)[0], op(x)[0]] == ["first", "first"]
 
 
+def test_no_kernel_is_given_up_for_an_empty_tensor():
+    """Of a batch of none, which divides by its programs, or of rows of no width."""
+    op = make()
+    op.kernels = [Kernel("first", "cpu", lambda x: None, lambda x: 1 // x.numel())]
+    assert op(torch.ones(0, 4))[0] == "reference" and not op.broken
+
+
 def test_a_choice_is_not_that_of_other_alignment():
     """Weights that are parts of one buffer, as sharding lays them out."""
     op, buffer = make(), torch.ones(64)

@@ -15,6 +15,7 @@ from tests.models import build, prompt
 from tests.tolerance import LOGITS, error
 from tinyfuse.api import optimize
 from tinyfuse.quantize import quantize_
+from tinyfuse.runtime import forward
 
 INPUTS = prompt(12, batch=2, padding=3)
 
@@ -63,6 +64,18 @@ def test_hooks_on_what_is_fused(pair, path):
         handle.remove()
     after, _ = assert_same_logits(pair)
     assert torch.allclose(after.logits, before.logits, atol=LOGITS)
+
+
+def test_hooks_that_come_and_go(pair, monkeypatch):
+    """Each is one that was not there before: none is missed, and graphs do not become ever more."""
+    monkeypatch.setattr(forward, "MOST_HOOKED", 2)
+    fast, seen = pair[0], []
+    for _ in range(4):
+        handle = fast.model.norm.register_forward_hook(lambda module, args, out: seen.append(out.sum()))
+        assert_same_logits(pair)
+        handle.remove()
+    assert len(seen) == 4 and any("hooks" in reason for reason in fast._tinyfuse.fallbacks)
+    assert len(fast._tinyfuse.compiled.compiled) == 2
 
 
 def test_the_way_of_attention_changes(pair):

@@ -110,7 +110,7 @@ def test_dequantize(shape, dtype, threads):
     weight, scale = torch.randint(-128, 128, shape, dtype=torch.int8), torch.rand(shape[:-1])
     extremes = torch.tensor([1e-39, 2.0**-126, 1e-38, 1e35, 0.0])[: scale.numel()]
     scale.view(-1)[: len(extremes)] = extremes
-    assert dequantize.OP.choose(weight, scale, dtype)[0].name == "native"
+    assert not weight.numel() or dequantize.OP.choose(weight, scale, dtype)[0].name == "native"
     assert torch.equal(dequantize.OP(weight, scale, dtype), dequantize.reference(weight, scale, dtype))
 
 

@@ -6,10 +6,8 @@ import os
 
 from torch import nn
 
-from tinyfuse.fallback import log
+from tinyfuse.fallback import MODES, log
 from tinyfuse.runtime.instance import ATTRIBUTE, Forward, Generate, Runtime
-
-FALLBACKS = ("warn", "error")
 
 
 def optimize(model: nn.Module, quantize: str | None = None, *, fallback: str = "warn") -> nn.Module:
@@ -32,8 +30,8 @@ def optimize(model: nn.Module, quantize: str | None = None, *, fallback: str = "
             f"optimize: model is {_describe(model)}, pass a torch.nn.Module, "
             "for example AutoModelForCausalLM.from_pretrained(...)"
         )
-    if fallback not in FALLBACKS:
-        raise ValueError(f"optimize: fallback={fallback!r}, use one of {', '.join(map(repr, FALLBACKS))}")
+    if fallback not in MODES:
+        raise ValueError(f"optimize: fallback={fallback!r}, use one of {', '.join(map(repr, MODES))}")
     if quantize is not None:
         from tinyfuse.quantize import SCHEMES, quantize_
 

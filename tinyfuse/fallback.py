@@ -13,7 +13,10 @@ class FallbackError(RuntimeError):
     """Raised instead of falling back when ``fallback="error"`` or ``TINYFUSE_FALLBACK=error``."""
 
 
+MODES = ("warn", "error")
 mode = os.environ.get("TINYFUSE_FALLBACK", "warn")
+if mode not in MODES:
+    raise ValueError(f"TINYFUSE_FALLBACK is {mode!r}: set it to {' or '.join(MODES)}, or not at all")
 seen: Counter[tuple[str, str]] = Counter()
 
 

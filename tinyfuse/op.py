@@ -54,6 +54,8 @@ class Op:
 
     def choose(self, *args: Any) -> tuple[Kernel | None, str | None]:
         """The first kernel that supports ``args``, else ``None`` and why the reference runs."""
+        if any(tensor.numel() == 0 for tensor in _tensors(args)):
+            return None, "a tensor is empty"
         device = next(_tensors(args)).device.type
         reason = f"no {device} kernel for {self.name}"
         for kernel in self.kernels:

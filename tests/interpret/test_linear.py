@@ -223,7 +223,9 @@ def test_declines():
     assert "float32" in linear.supports_gemv(x.float(), w, scale, None, None)
     assert "rows" in linear.supports_gemv(torch.randn(99, 64).bfloat16(), w[:, :64], scale, None, None)
     assert "at most 3" in linear.few_rows_reason(x, [w] * 4, [scale] * 4, [None] * 4)
-    assert "scales" in linear.supports_gemv(x[:, :64], w[:, :64].contiguous(), None, None, None)
+    x, w = x[:, :64].contiguous(), w[:, :64].contiguous()
+    assert "scales" in linear.supports_gemv(x, w, None, None, None)
+    assert "one dtype" in linear.few_rows_reason(x, [w] * 2, [scale] * 2, [torch.ones(8), torch.ones(8).bfloat16()])
 
 
 @pytest.mark.parametrize("unit_offset, cast_first", [(False, True), (True, False), (False, False)])

@@ -30,6 +30,10 @@ SEQUENCE_INPUTS = (
     "encoder_outputs",
 )  # fmt: skip
 
+MOST_HOOKED = 8  # sets of hooks on modules that are compiled with
+
+COME_AND_GO = f"its modules had {MOST_HOOKED} sets of hooks, each compiled anew: register those that stay once"
+
 _serial = itertools.count()
 _watch = threading.local()
 
@@ -103,13 +107,14 @@ class CompiledForward:
     Prompts of all lengths are one kind, single tokens another; so are one row and several (Dynamo never generalises
     from 1), a growing cache that holds nothing, one token or more, other arguments, other autograd modes, and other
     hooks on modules of ``model``, which Dynamo does not look for again. Each kind has few graphs, so none meets the
-    recompile limit. ``report`` accounts for all of them. A kind that cannot be compiled runs as it is; ``fall_back``
-    is told why.
+    recompile limit. ``report`` accounts for all of them. A kind that cannot be compiled runs as it is, as does one
+    with yet other hooks where they come and go; ``fall_back`` is told why.
     """
 
     def __init__(self, model: nn.Module, forward: Callable[..., Any], report: Report, fall_back: Callable[[str], None]):
         self.model, self.forward, self.report, self.fall_back = model, forward, report, fall_back
         self.hooks: list[dict[int, Any]] = []
+        self.hooked: set[tuple[int, ...]] = set()
         parameters = inspect.signature(forward).parameters.values()
         self.names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
         self.compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
@@ -124,8 +129,12 @@ class CompiledForward:
             args, kwargs = (), dict(zip(names, args, strict=True)) | kwargs
         modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         tokens, rows, held = mark_dynamic(kwargs)
-        kind = (tokens, rows, held, *modes, self._hooked(), *kwargs)
+        hooked = self._hooked()
+        kind = (tokens, rows, held, *modes, hooked, *kwargs)
         if kind not in self.compiled:
+            if hooked and len(self.hooked | {hooked}) > MOST_HOOKED:
+                return self._eagerly(COME_AND_GO, *args, **kwargs)
+            self.hooked.add(hooked)
             entry = _entry(self.forward)
             self.entries.add(entry.__code__)
             self.compiled[kind] = torch.compile(entry, backend=partial(_backend, weakref.ref(self), bool(held)))
