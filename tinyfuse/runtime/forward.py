@@ -114,7 +114,7 @@ class CompiledForward:
     def __init__(self, model: nn.Module, forward: Callable[..., Any], report: Report, fall_back: Callable[[str], None]):
         self.model, self.forward, self.report, self.fall_back = model, forward, report, fall_back
         self.hooks: list[dict[int, Any]] = []
-        self.hooked: set[tuple[int, ...]] = set()
+        self.hook_sets: set[tuple[int, ...]] = set()
         parameters = inspect.signature(forward).parameters.values()
         self.names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
         self.compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
@@ -132,9 +132,9 @@ class CompiledForward:
         hooked = self._hooked()
         kind = (tokens, rows, held, *modes, hooked, *kwargs)
         if kind not in self.compiled:
-            if hooked and len(self.hooked | {hooked}) > MOST_HOOKED:
+            if hooked and len(self.hook_sets | {hooked}) > MOST_HOOKED:
                 return self._eagerly(COME_AND_GO, *args, **kwargs)
-            self.hooked.add(hooked)
+            self.hook_sets.add(hooked)
             entry = _entry(self.forward)
             self.entries.add(entry.__code__)
             self.compiled[kind] = torch.compile(entry, backend=partial(_backend, weakref.ref(self), bool(held)))
