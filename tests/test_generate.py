@@ -15,6 +15,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
+    Gemma3Config,
     Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
@@ -59,6 +60,10 @@ FAMILIES = {
     "gpt2": GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=96, n_positions=2048),
     "mixtral": MixtralConfig(**SIZE, num_local_experts=4, sliding_window=None),
 }
+VISION = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 16,
+    "patch_size": 8,
+}  # fmt: skip
 ONE = {"input_ids": torch.tensor([[5, 17, 33, 2, 8, 61, 7, 7, 90]])}
 PADDED = {
     "input_ids": torch.tensor(
@@ -551,6 +556,24 @@ def test_hooks_see_every_token(covered):
     covered.same(**ONE, max_new_tokens=5)
     handle.remove()
     assert len(seen) == 5 and "hooks" in covered.fallbacks.pop()
+
+
+def test_token_types():
+    """Those of the prompt's last token go on, for more tokens than the prompt has."""
+    pair = Pair(FAMILIES["gpt2"])
+    for types in ([7] * 9, [7] * 3 + [3] * 6):
+        pair.same(**ONE, token_type_ids=torch.tensor([types]), max_new_tokens=160)
+    assert pair.fallbacks == []
+
+
+def test_tokens_that_see_each_other():
+    """An image's, by their types. Those that follow on the prompt are none of them."""
+    pair = Pair(Gemma3Config(text_config=FAMILIES["gemma3"], vision_config=VISION, mm_tokens_per_image=4))
+    types = torch.tensor([[0, 1, 1, 1, 1, 0, 0, 0, 0]])
+    options = {"return_dict_in_generate": True, "output_logits": True, "token_type_ids": types}
+    mine, stock = (m.generate(**ONE, **options, max_new_tokens=12, do_sample=False) for m in (pair.fast, pair.stock))
+    torch.testing.assert_close(mine.logits, stock.logits)
+    assert pair.fallbacks == []
 
 
 def test_no_plain_cache_goes_the_stock_way():

@@ -233,7 +233,9 @@ class Decoder:
         kwargs, update = dict(kwargs), self.model._update_model_kwargs_for_generation
         if tokens == 0:
             return kwargs
-        if type(self.model)._update_model_kwargs_for_generation is GenerationMixin._update_model_kwargs_for_generation:
+        own = type(self.model)._update_model_kwargs_for_generation
+        # For several tokens at once transformers would repeat the end of the prompt's token types.
+        if own is GenerationMixin._update_model_kwargs_for_generation and kwargs.get("token_type_ids") is None:
             return update(self.outputs, kwargs, num_new_tokens=tokens)
         for _ in range(tokens):
             kwargs = update(self.outputs, kwargs)
