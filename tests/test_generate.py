@@ -558,6 +558,30 @@ def test_hooks_see_every_token(covered):
     assert len(seen) == 5 and "hooks" in covered.fallbacks.pop()
 
 
+def test_layers_come_and_go():
+    pair = Pair(LlamaConfig(**SIZE | {"num_hidden_layers": 3}))
+    for count in (3, 2, 4):
+        for model in (pair.stock, pair.fast):
+            layers = model.model.layers
+            while len(layers) < count:
+                layers.append(copy.deepcopy(layers[0]))
+                layers[-1].self_attn.layer_idx = len(layers) - 1
+            del layers[count:]
+            model.config.num_hidden_layers = count
+        pair.same(**PADDED)
+        assert len(pair.same(**ONE, return_dict_in_generate=True).past_key_values.layers) == count
+    assert pair.fallbacks == []
+
+
+def test_the_window_changes():
+    pair, seen = Pair(FAMILIES["mistral"]), []
+    for window in (6, 3, 9, None, 6):
+        for model in (pair.stock, pair.fast):
+            model.config.sliding_window = window
+        seen.append(pair.same(**PADDED, max_new_tokens=20))
+    assert not torch.equal(seen[0], seen[1]) and pair.fallbacks == []
+
+
 def test_token_types():
     """Those of the prompt's last token go on, for more tokens than the prompt has."""
     pair = Pair(FAMILIES["gpt2"])

@@ -121,14 +121,15 @@ class CachePool:
     def __init__(self, model: torch.nn.Module, forward: Callable[..., Any]) -> None:
         self.model, self.forward = model, forward
         self.slots: OrderedDict[tuple[int, int, bool], Slot] = OrderedDict()
-        self.state: tuple[torch.device, torch.dtype] | None = None
+        self.state: tuple[torch.device, torch.dtype, str] | None = None
         self.unusable: str | None = None
         self.shapes: list[tuple[Tensor, Tensor] | None] = []
         self.masks: list[str] = []
 
     def learn(self) -> str | None:
         """Find out what the model writes to a static cache; the reason if it cannot use one."""
-        state = (self.model.device, self.model.dtype)
+        config = self.model.config.get_text_config(decoder=True)
+        state = (self.model.device, self.model.dtype, repr(vars(config)))
         if state != self.state:
             self.slots.clear()
             self.state, self.unusable = state, None
