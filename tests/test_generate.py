@@ -558,6 +558,16 @@ def test_hooks_see_every_token(covered):
     assert len(seen) == 5 and "hooks" in covered.fallbacks.pop()
 
 
+def test_autocast_by_turns():
+    """It chooses the dtypes of keys and values too, which no cache of other calls holds."""
+    pair = Pair(LlamaConfig(**SIZE))
+    for enabled in (True, False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            pair.same(**ONE)
+            pair.same(**PADDED, seed=3)
+    assert pair.fallbacks == ["autocast is on"]
+
+
 def test_layers_come_and_go():
     pair = Pair(LlamaConfig(**SIZE | {"num_hidden_layers": 3}))
     for count in (3, 2, 4):

@@ -26,6 +26,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerationMixin
 from transformers.utils import ModelOutput
 
+from tinyfuse.graph.nodes import autocast_is_on
 from tinyfuse.runtime import encoder_decoder
 from tinyfuse.runtime.cache import Slot, fill
 from tinyfuse.runtime.forward import CACHE, CACHES
@@ -113,6 +114,8 @@ def call_reason(model: torch.nn.Module, call: dict[str, Any]) -> str | None:
             return f"generate was called with {name}"
     if call.get("synced_gpus"):
         return "generate was called with synced_gpus"
+    if autocast_is_on():  # which chooses the dtypes of keys and values too
+        return "autocast is on"
     config, _ = model._prepare_generation_config(call.get("generation_config"), **_generation_arguments(call))
     if config.get_generation_mode() not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         return f"generation mode {config.get_generation_mode().value}"
