@@ -12,6 +12,7 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
@@ -550,12 +551,57 @@ def test_a_call_that_asked_for_more_leaves_no_trace(asked):
     assert pair.fallbacks == []
 
 
-def test_hooks_see_every_token(covered):
-    seen = []
-    handle = covered.fast.register_forward_hook(lambda *_: seen.append(1))
-    covered.same(**ONE, max_new_tokens=5)
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("path", ["", "model.layers.0.mlp"])
+def test_hooks_see_every_token(path, when):
+    """And nothing else, put on before the first call or after it."""
+    pair, seen = Pair(LlamaConfig(**SIZE)), []
+    if when == "after":
+        pair.same(**PADDED, max_new_tokens=5)
+    handle = pair.fast.get_submodule(path).register_forward_hook(lambda *_: seen.append(1))
+    pair.same(**PADDED, max_new_tokens=5)
     handle.remove()
-    assert len(seen) == 5 and "hooks" in covered.fallbacks.pop()
+    assert len(seen) == 5 and "hooks" in pair.fallbacks.pop()
+    pair.same(**PADDED, max_new_tokens=5)
+    assert len(seen) == 5 and pair.fallbacks == []
+
+
+def test_a_forward_put_over_that_of_optimize():
+    pair, seen = Pair(LlamaConfig(**SIZE)), []
+    before = pair.same(**ONE)
+    for model in (pair.stock, pair.fast):
+
+        def forward(*args, inner=model.forward, fast=model is pair.fast, **kwargs):
+            seen.append(fast)
+            outputs = inner(*args, **kwargs)
+            outputs.logits = outputs.logits.flip(-1)
+            return outputs
+
+        model.forward = forward
+    assert not torch.equal(pair.same(**ONE), before)
+    assert seen == [False] * 12 + [True] * 12 and "replaced" in pair.fallbacks.pop()
+
+
+class Counts(nn.Module):
+    """Notes each call, in a number or in a list."""
+
+    def __init__(self, inner, kind):
+        super().__init__()
+        self.inner, self.calls = inner, kind()
+
+    def forward(self, x):
+        self.calls += [x.shape[1]] if isinstance(self.calls, list) else 1
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("kind", [int, list])
+def test_a_module_that_counts_its_calls(kind):
+    pair = Pair(LlamaConfig(**SIZE))
+    for model in (pair.stock, pair.fast):
+        model.model.layers[0].mlp = Counts(model.model.layers[0].mlp, kind)
+    for _ in range(2):
+        pair.same(**ONE, max_new_tokens=5)
+        assert pair.fast.model.layers[0].mlp.calls == pair.stock.model.layers[0].mlp.calls
 
 
 def test_autocast_by_turns():

@@ -30,8 +30,9 @@ SEQUENCE_INPUTS = (
     "encoder_outputs",
 )  # fmt: skip
 
+# Hooks of this module stay after a call that asked for hidden states, and do nothing in others.
+CAPTURES = "transformers.utils.output_capturing"
 MOST_HOOKED = 8  # sets of hooks on modules that are compiled with
-
 COME_AND_GO = f"its modules had {MOST_HOOKED} sets of hooks, each compiled anew: register those that stay once"
 
 _serial = itertools.count()
@@ -80,6 +81,12 @@ def intercept(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> GraphCa
     finally:
         _watch.intercept = False
     return None
+
+
+def hooked(model: nn.Module) -> bool:
+    """Whether a module of ``model`` has forward hooks, which may do what no graph repeats."""
+    hooks = [hook for m in model.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+    return any(getattr(hook, "__module__", None) != CAPTURES for hook in hooks)
 
 
 def _entry(forward: Callable[..., Any]) -> Callable[..., Any]:

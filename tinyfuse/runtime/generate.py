@@ -183,9 +183,6 @@ class Decoder:
         return run()
 
     def _begin(self) -> None:
-        if reason := self.runtime.hooked():
-            self.runtime.fall_back(reason)
-            return
         first, block = self._inputs()
         self.kind = kind(first)
         if self.kind in self.runtime.unfollowed:
@@ -312,7 +309,7 @@ def generate_tokens(
     elif input_ids.device != model.device:
         reason = f"the prompt is on {input_ids.device}, the model on {model.device}"
     wake(input_ids.device)
-    reason = reason or runtime.pool.learn()
+    reason = reason or runtime.hooked() or runtime.pool.learn()
 
     def stock(reason: str) -> Tensor | GenerateDecoderOnlyOutput:
         runtime.fall_back(reason)
@@ -359,8 +356,6 @@ def _prefill(
     if config.prefill_chunk_size is not None:
         config.disable_compile = True  # it is compiled already
         return model._prefill(input_ids, config, kwargs)
-    if runtime.hooked():
-        return model(**_prepared(model, input_ids, kwargs, StaticCache))
     mask = kwargs.get(MASK)
     plain = mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)
     if plain and not hasattr(model, "create_masks_for_generate"):

@@ -14,7 +14,7 @@ from torch import nn
 
 from tinyfuse import fallback
 from tinyfuse.report import Report
-from tinyfuse.runtime.forward import CompiledForward
+from tinyfuse.runtime.forward import CompiledForward, hooked
 
 ATTRIBUTE = "_tinyfuse"
 
@@ -108,9 +108,10 @@ class Runtime:
 
     def hooked(self) -> str | None:
         """A replayed step does not pass through ``model.__call__``."""
-        model, every = self.model, nn.modules.module
-        hooks = (model._forward_hooks, model._forward_pre_hooks, every._global_forward_hooks)
-        if any(hooks) or every._global_forward_pre_hooks:
+        every = nn.modules.module
+        if not isinstance(vars(self.model).get("forward"), Forward):
+            return "model.forward was replaced, so every token goes through the new one"
+        if every._global_forward_hooks or every._global_forward_pre_hooks or hooked(self.model):
             return "the model has forward hooks, so every token goes through model.__call__"
         return None
 

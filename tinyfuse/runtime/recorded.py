@@ -22,12 +22,10 @@ from tinyfuse.graph.nodes import autocast_is_on
 from tinyfuse.graph.record import Declined, Given, Recording, record
 from tinyfuse.report import Report, collect
 from tinyfuse.runtime.captured import no_collection
-from tinyfuse.runtime.forward import CACHE, GraphCall, sequence_dims
+from tinyfuse.runtime.forward import CACHE, GraphCall, hooked, sequence_dims
 from tinyfuse.runtime.window import WindowLayer
 
 MOST = 4  # recordings of one kind, which differ in what the code decided by sizes
-# Hooks of this module stay after a call that asked for hidden states, and do nothing in others.
-CAPTURES = "transformers.utils.output_capturing"
 STATE = ("keys", "values", "cumulative_length")
 PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 # nn.Module's own containers that do not bear on its forward: there are many.
@@ -184,10 +182,7 @@ class Recordings:
 
         if known >= MOST:
             raise Declined(f"the sizes of its inputs lead the model's code more than {MOST} ways")
-        hooks = [
-            hook for m in self.model.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())
-        ]
-        if any(getattr(hook, "__module__", None) != CAPTURES for hook in hooks):
+        if hooked(self.model):
             raise Declined("a module has forward hooks")
         kinds: list[type[ModelOutput]] = []
 

@@ -20,7 +20,7 @@ from tinyfuse.kernels import _advance
 from tinyfuse.runtime.cache import Slot
 from tinyfuse.runtime.captured import Captured, NotCapturable
 from tinyfuse.runtime.forward import CACHE, GraphCall, intercept, record_graphs
-from tinyfuse.runtime.recorded import Bound
+from tinyfuse.runtime.recorded import Bound, Watch
 from tinyfuse.runtime.tail import Choice, Tail
 
 ROWS = 128
@@ -177,10 +177,12 @@ class Step:
         """Find the one graph call that the forward amounts to under Dynamo; the reason if it amounts to more."""
         counters = self.slot.counters()
         held = torch.stack(counters)
-        before = python_state(model, self.slot)
+        watch, before = Watch(model), cache_state(self.slot)
         with record_graphs() as calls:
             logits = self._forward().logits
-        changed = python_state(model, self.slot) != before
+        changed = watch.changed() or cache_state(self.slot) != before
+        if changed:
+            watch.restore()
         torch._foreach_copy_(counters, list(held))
         if len(calls) != 1:
             return f"the model's forward runs as {len(calls)} graphs, not as one"
@@ -248,13 +250,11 @@ class Step:
         return self.runners[tail]
 
 
-def python_state(model: nn.Module, slot: Slot) -> list[Any]:
-    """The plain attributes of the modules and of the cache, and which tensors the cache holds."""
+def cache_state(slot: Slot) -> list[Any]:
+    """The plain attributes of the cache's layers, and which tensors they hold."""
     plain = (bool, int, float, str, type(None))
-    owners = [*model.modules(), *slot.cache.layers]
-    state: list[Any] = [[(k, v) for k, v in vars(owner).items() if isinstance(v, plain)] for owner in owners]
-    state += [(k, id(v)) for layer in slot.cache.layers for k, v in vars(layer).items() if isinstance(v, Tensor)]
-    return state
+    held = [(name, value) for layer in slot.cache.layers for name, value in vars(layer).items()]
+    return [(name, value if isinstance(value, plain) else id(value)) for name, value in held]
 
 
 def _addresses(call: GraphCall) -> list[Any]:
