@@ -356,6 +356,16 @@ def test_weights_that_the_model_reads_itself_stay():
     assert (logits(model) - before).abs().max() < 0.05 * before.abs().max()
 
 
+@torch.no_grad()
+def test_weights_that_a_module_of_torch_reads_itself_stay():
+    """In evaluation an encoder's layer of torch hands its weights to one fused operation."""
+    model = nn.Sequential(nn.Linear(64, 64), nn.TransformerEncoderLayer(64, 4, 128, batch_first=True)).eval()
+    report = quantize_(model)
+    assert [m.name for m in report.modules] == ["0"]
+    assert "TransformerEncoderLayer reads its weight directly" in dict(report.skipped)["1.linear1"]
+    assert model(torch.randn(2, 5, 64)).isfinite().all()
+
+
 def test_what_is_not_a_plain_linear_stays():
     class Doubled(nn.Linear):
         def forward(self, x):

@@ -414,7 +414,7 @@ def _forward_source(cls: type) -> str:
     """The source of the methods of ``cls`` that run in a forward pass; empty where there is none to read."""
     sources = []
     for base in cls.__mro__:
-        if base.__module__.startswith("torch.") or base.__name__ == "PreTrainedModel":
+        if base is nn.Module or base.__name__ == "PreTrainedModel":
             continue
         for name, method in vars(base).items():
             if inspect.isfunction(method) and name not in ("__init__", "_init_weights", "reset_parameters"):
