@@ -132,6 +132,18 @@ def test_gradients(model):
     model.zero_grad()
 
 
+def test_backward_hooks_put_on_later():
+    """Dynamo does not look for them again."""
+    models, seen = (optimize(llama()), llama()), []
+    for model in models:
+        for register in (None, "register_full_backward_hook", "register_full_backward_pre_hook"):
+            if register:
+                getattr(model.model.layers[0].mlp, register)(lambda _, *grads: seen.append(grads[-1][0]))
+            model(IDS, labels=IDS).loss.backward()
+    assert len(seen) == 6
+    close(seen[:3], seen[3:])
+
+
 def test_an_optimised_model_can_be_compiled(model):
     compiled = torch.compile(model, backend="eager")
     with torch.no_grad():
@@ -187,11 +199,46 @@ def test_nothing_outlives_the_model(cls, call):
     assert not any(weight() is not None for weight in weights)
 
 
+def broken(module, x):
+    torch._dynamo.graph_break()
+    return module(x)
+
+
+def double(module, x):
+    return 2 * broken(module, x)
+
+
+class Doubling(nn.Module):
+    """Modules of several types go through one function, which compiles anew for each until Dynamo gives up."""
+
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.ModuleList([nn.Linear(4, 4), nn.LayerNorm(4), nn.Identity(), nn.ReLU()])
+
+    def forward(self, x):
+        for part in self.parts:
+            x = double(part, x)
+        return x
+
+
+@torch.no_grad()
+def test_optimised_anew_at_the_limit_of_recompilations():
+    torch._dynamo.reset()
+    model, x = Doubling().eval(), torch.randn(3, 4)
+    expected = model(x)
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for _ in range(3):
+            close(optimize(model)(x), expected)
+            close(restore(model)(x), expected)
+            gc.collect()
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
         (("gpt2",), TypeError, ("'gpt2'", "nn.Module", "from_pretrained")),
         ((None,), TypeError, ("None", "nn.Module")),
+        ((torch.compile(nn.Linear(2, 2), backend="eager"),), TypeError, ("torch.compile", "_orig_mod")),
         ((nn.Linear(2, 2), "int3"), ValueError, ("'int3'", "'int8'")),
     ],
 )

@@ -23,12 +23,17 @@ def optimize(model: nn.Module, quantize: str | None = None, *, fallback: str = "
     later call. ``fallback="error"`` raises :class:`tinyfuse.fallback.FallbackError` where ``generate`` would otherwise
     take a slower way. With ``TINYFUSE_DISABLE=1`` in the environment nothing happens.
 
-    Raises TypeError if ``model`` is no ``nn.Module``, ValueError for an unknown ``quantize`` or ``fallback``.
+    Raises TypeError if ``model`` is no ``nn.Module``, or what ``torch.compile`` made of one, and ValueError for an
+    unknown ``quantize`` or ``fallback``.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"optimize: model is {_describe(model)}, pass a torch.nn.Module, "
             "for example AutoModelForCausalLM.from_pretrained(...)"
+        )
+    if "_orig_mod" in model._modules:
+        raise TypeError(
+            "optimize: model is what torch.compile(...) returned, pass the module that it was given: model._orig_mod"
         )
     if fallback not in MODES:
         raise ValueError(f"optimize: fallback={fallback!r}, use one of {', '.join(map(repr, MODES))}")

@@ -160,7 +160,9 @@ class CompiledForward:
         if not self.hooks:
             every = nn.modules.module
             self.hooks = [every._global_forward_hooks, every._global_forward_pre_hooks]
-            self.hooks += [h for m in self.model.modules() for h in (m._forward_hooks, m._forward_pre_hooks)]
+            self.hooks += [every._global_backward_hooks, every._global_backward_pre_hooks]
+            for m in self.model.modules():
+                self.hooks += [m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks]
         return tuple([number for hooks in filter(None, self.hooks) for number in hooks])
 
 
@@ -183,7 +185,7 @@ def _backend(
     graph = weakref.ref(forward.graphs[-1])
 
     def run(*args: Any) -> Any:
-        compiled = graph()
+        compiled = graph() or gm.forward  # at its limit of recompilations Dynamo runs whatever graph has the guards
         if getattr(_watch, "intercept", False):
             raise _Intercepted(GraphCall(compiled, args))
         outputs = compiled(*args)
