@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import itertools
 import logging
 import os
 import subprocess
@@ -10,6 +12,9 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.testing._internal.two_tensor import TwoTensor
 from transformers.generation import CompileConfig
 
 from tests.models import build
@@ -66,6 +71,169 @@ def test_variances_and_tensors_of_one_number() -> None:
     given = torch.randn(3, 5), torch.rand(3, 5) < 0.5
     for made, expected in zip(torch.compile(code, backend="tinyfuse")(*given), code(*given), strict=True):
         torch.testing.assert_close(made, expected, rtol=0, atol=0)
+
+
+def assert_alike(code, *given) -> None:
+    """``code`` gives and leaves what it does without a backend."""
+    torch._dynamo.reset()
+    mine, theirs = ([x.clone() for x in given] for _ in range(2))
+    made, expected = torch.compile(code, backend="tinyfuse")(*mine), code(*theirs)
+    torch.testing.assert_close((made, mine), (expected, theirs), rtol=1e-5, atol=1e-5)
+    assert not any("failed" in reason for _, reason in fallback.seen)
+
+
+ATTENTIONS = {
+    "sdpa": lambda q, k, v, bias: F.scaled_dot_product_attention(q, k, v, bias),
+    "written out": lambda q, k, v, bias: torch.softmax(q @ k.transpose(-1, -2) * 0.3 + bias, -1) @ v,
+    "divided": lambda q, k, v, bias: torch.softmax((q @ k.transpose(-1, -2) + bias) / 3, -1) @ v,
+    "without a mask": lambda q, k, v, bias: torch.softmax(q @ k.transpose(-1, -2), -1) @ v,
+}
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+@pytest.mark.parametrize("name", ATTENTIONS)
+@torch.no_grad()
+def test_attention_that_broadcasts(name, dim) -> None:
+    """Of size 1 in one dim are some of q, k, v and the mask."""
+    for narrow in itertools.product([False, True], repeat=4):
+        given = [torch.randn(2, 3, rows, columns) for rows, columns in ((5, 8), (7, 8), (7, 8), (5, 7))]
+        given = [x.narrow(dim, 0, 1) if one else x for x, one in zip(given, narrow, strict=True)]
+        try:
+            ATTENTIONS[name](*given)
+        except RuntimeError:
+            continue  # it does not broadcast so
+        assert_alike(ATTENTIONS[name], *given)
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (5, 1), (1, 7)])
+@torch.no_grad()
+def test_masks_of_few_dims(shape) -> None:
+    q, k, v = torch.randn(2, 3, 5, 8), torch.randn(2, 3, 7, 8), torch.randn(2, 3, 7, 8)
+    assert_alike(ATTENTIONS["written out"], q, k, v, torch.randn(shape))
+
+
+def inplace_functions() -> dict:
+    """The functions of torch.nn.functional with an argument ``inplace``, called with it by place."""
+    named = {n: f for n, f in vars(F).items() if inspect.isfunction(f) and n[0] != "_" and "dropout" not in n}
+    found = {name: f for name, f in named.items() if "inplace" in inspect.signature(f).parameters}
+    values = {"threshold": 0.1, "value": 3.0, "training": False}
+    calls = {}
+    for name, function in found.items():
+        parameters = list(inspect.signature(function).parameters.values())[1:]
+        arguments = [True if p.name == "inplace" else values.get(p.name, p.default) for p in parameters]
+        calls[name] = lambda x, _, f=function, a=arguments: f(x, *a)
+    return calls
+
+
+WRITES = inplace_functions() | {
+    "operator as a method": lambda x, _: x.__imul__(3),
+    "out": lambda x, _: torch.add(x, 1, out=x),
+    "statistics": lambda x, rows: F.batch_norm(rows, x[0], x[1].exp(), training=True),
+    "longest rows": lambda x, _: F.embedding(torch.tensor([0, 2]), x, max_norm=0.5),
+    "a packet of overloads": lambda x, _: torch.ops.aten.mul_(x, 2),
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+@torch.no_grad()
+def test_no_read_moves_across_a_write(name) -> None:
+    """Linears of one input run together, and equal sums once, but not around a write of what they read."""
+
+    def code(x, rows, w, v):
+        first = F.linear(x, w), x + 1
+        WRITES[name](x, rows)
+        return *first, F.linear(x, v), (x + 1) * 2
+
+    assert_alike(code, torch.randn(5, 40), torch.randn(5, 40), torch.randn(24, 40), torch.randn(24, 40))
+
+
+@pytest.mark.filterwarnings("ignore:Implicit dimension")
+@torch.no_grad()
+def test_copies_sums_and_dims_by_default() -> None:
+    def code(x, w):
+        copied = x.to(torch.float32, False, True)
+        copied.mul_(2)
+        y = F.linear(x, w)
+        return copied, y + y, F.softmax(x)
+
+    assert_alike(code, torch.randn(3, 8), torch.randn(6, 8))
+
+
+def attend(q, k, v) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def write_through_a_view(q, k, v) -> Tensor:
+    out = attend(q, k, v)
+    out.view(6, 5, 16).mul_(2)
+    return out + 1
+
+
+def write_a_copy(q, k, v) -> tuple[Tensor, Tensor]:
+    out = attend(q, k, v)
+    copied = out.transpose(1, 2).contiguous()
+    copied.mul_(2)
+    return out + 1, copied
+
+
+def view_after_a_break(q, k, v) -> Tensor:
+    out = attend(q, k, v)
+    torch._dynamo.graph_break()
+    return out.view(6, 5, 16)
+
+
+def view_after_a_break_both(q, k, v) -> tuple[Tensor, Tensor]:
+    out = attend(q, k, v)
+    copied = out.transpose(1, 2).contiguous()
+    torch._dynamo.graph_break()
+    return copied.mul_(2), out
+
+
+@pytest.mark.parametrize("code", [write_through_a_view, write_a_copy, view_after_a_break, view_after_a_break_both])
+@torch.no_grad()
+def test_the_memory_of_a_result_lies_as_traced(code) -> None:
+    """Values as wide as these are no case of torch's fused attention, whose results lie otherwise too."""
+    assert_alike(code, torch.randn(2, 3, 5, 8), torch.randn(2, 3, 7, 8), torch.randn(2, 3, 7, 16))
+
+
+def norm_and_linears(x, w) -> Tensor:
+    x = F.layer_norm(x, x.shape[-1:]) * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
+    return F.silu(F.linear(x, w)) * F.linear(x, w + 1) + attend(*(x[None],) * 3)[0]
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@torch.no_grad()
+def test_tensor_subclasses_are_left_to_themselves(which) -> None:
+    """No kernel reads their memory: they have none."""
+    torch._dynamo.reset()
+    given = [torch.randn(3, 5, 16), torch.randn(16, 16)]
+    pairs = [TwoTensor(x, 2 * x) if i == which else x for i, x in enumerate(given)]
+    made, expected = torch.compile(norm_and_linears, backend="tinyfuse")(*pairs), norm_and_linears(*pairs)
+    for half in ("a", "b"):
+        torch.testing.assert_close(getattr(made, half), getattr(expected, half), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@torch.no_grad()
+def test_vmap_and_conditions() -> None:
+    def code(x, w):
+        each = torch.vmap(lambda one: norm_and_linears(one[None], w))(x)
+        return torch.cond(x.sum() > 0, lambda x: x + 1, lambda x: x - 1, (each,)) + norm_and_linears(x, w)
+
+    assert_alike(code, torch.randn(3, 5, 16), 0.1 * torch.randn(16, 16))
+
+
+@torch.no_grad()
+def test_gradients_that_the_code_asks_for() -> None:
+    def code(x, w):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            y = norm_and_linears(x, w)
+        return y
+
+    x, w = torch.randn(3, 5, 16), 0.1 * torch.randn(16, 16)
+    torch._dynamo.reset()
+    assert torch.compile(code, backend="tinyfuse")(x, w).requires_grad and code(x, w).requires_grad
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune"])

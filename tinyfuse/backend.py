@@ -22,7 +22,7 @@ from tinyfuse.graph.nodes import autocast_is_on
 from tinyfuse.graph.normalize import normalize
 from tinyfuse.graph.rewrite import rewrite
 from tinyfuse.graph.share import share_common
-from tinyfuse.graph.tidy import batch_counters, bound_masks, drop_dead
+from tinyfuse.graph.tidy import batch_counters, bound_masks, drop_dead, keep_layouts
 from tinyfuse.report import account
 from tinyfuse.runtime import replay
 
@@ -51,7 +51,7 @@ def backend(
     if reason := lost_method():
         fallback.record("backend", reason)
         raise SkipFrame(reason)
-    if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs):
+    if _needs_gradients(gm.graph, example_inputs):
         fallback.record("backend", "gradients are needed, so the stock graph runs: call it under torch.no_grad()")
         return gm.forward
     if _autocasts(gm.graph):
@@ -90,6 +90,14 @@ def lost_method() -> str | None:
     return None
 
 
+def _needs_gradients(graph: Graph, example_inputs: Sequence[Any]) -> bool:
+    """Whether gradients flow through the graph, or through a part of it that turns them on."""
+    if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs):
+        return True
+    made = (node.meta.get("example_value") for node in graph.nodes if node.op.startswith("call_"))
+    return any(isinstance(x, torch.Tensor) and x.grad_fn is not None for x in made)
+
+
 def _autocasts(graph: Graph) -> bool:
     """Whether autocast chooses the dtypes of products, around the graph or inside it."""
     entered = [node.args[2] for node in graph.nodes if node.target is torch.amp.autocast_mode._enter_autocast]
@@ -122,7 +130,7 @@ def _hint_generate() -> None:
 def compile_graph(traced: Graph, replays: bool = False) -> Callable[..., Any]:
     """Rewrite a copy of ``traced``, put it into the current report and return what runs it, with ``replays`` through
     CUDA graphs."""
-    graph = Graph()
+    graph = Graph(traced.owning_module)  # which has the modules that it takes, such as those of a condition
     copies: dict[Node, Node] = {}
     graph.output(graph.graph_copy(traced, copies))
     normalize(graph)
@@ -131,6 +139,7 @@ def compile_graph(traced: Graph, replays: bool = False) -> Callable[..., Any]:
     batch_counters(graph)
     bound_masks(graph)
     drop_dead(graph)
+    keep_layouts(graph)
     run, choices = lower(graph)
     if replays and (written := replay.written_arguments(traced)) is not None:
         run = replay.Replay(run, written)

@@ -43,7 +43,8 @@ def lower(graph: Graph) -> tuple[Callable[..., Any], dict[Node, Choice]]:
             written[node] = writes(node)
             made = weight_is_made(op, node, choices)
             choices[node], node.target = _in_order(op) if made else _bind(op, node)
-    return GraphModule(torch.nn.Module(), _executable(graph, choices, written)).forward, choices
+    root = graph.owning_module or torch.nn.Module()
+    return GraphModule(root, _executable(graph, choices, written)).forward, choices
 
 
 def _executable(graph: Graph, choices: dict[Node, Choice], written: dict[Node, list[Node]]) -> Graph:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Iterable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch.fx import Node
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 _INPLACE_OPERATORS = {
     operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.ipow,
     operator.imod, operator.iand, operator.ior, operator.ixor, operator.imatmul, operator.setitem,
 }  # fmt: skip
+_INPLACE_METHODS = {f"__{operation.__name__}__" for operation in _INPLACE_OPERATORS}
 
 
 def cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -73,6 +78,13 @@ def is_tensor(node: Any) -> bool:
     return isinstance(node, Node) and isinstance(value(node), torch.Tensor)
 
 
+def is_plain_tensor(node: Any) -> bool:
+    """Whether kernels may read the memory of ``node``: not that of a subclass's tensor or of one under ``vmap``."""
+    if not is_tensor(node):
+        return False
+    return not (is_traceable_wrapper_subclass(value(node)) or is_functorch_wrapped_tensor(value(node)))
+
+
 def same_size(a: Any, b: Any) -> bool:
     """Whether two sizes are provably equal, without adding a guard."""
     if isinstance(a, torch.SymInt) and isinstance(b, torch.SymInt):
@@ -98,21 +110,38 @@ def writes(node: Node) -> list[Node]:
     written: Iterable[Any] = ()
     if node.op == "call_method":
         name = str(node.target)
-        if name.endswith("_") and not name.endswith("__"):
+        if (name.endswith("_") and not name.endswith("__")) or name in _INPLACE_METHODS:
             written = node.args[:1]
     elif isinstance(node.target, torch._ops.HigherOrderOperator):  # a user's Triton kernel may write all that it takes
         written = (node.args, node.kwargs)
-    elif node.target in _INPLACE_OPERATORS or node.kwargs.get("inplace"):
-        written = node.args[:1]
+    elif getattr(node.target, "__module__", None) == operator.add.__module__:  # some of which end in "_"
+        written = node.args[:1] if node.target in _INPLACE_OPERATORS else ()
     elif (overload := _overload(node.target)) is not None:
         schema = overload._schema
         if schema.is_mutable:
             written = [a for a, s in zip(node.args, schema.arguments, strict=False) if s.is_write]
     elif getattr(node.target, "__name__", "").endswith("_") and not node.target.__name__.endswith("__"):
         written = node.args[:1]
-    if isinstance(node.kwargs.get("out"), Node):
-        written = [*written, node.kwargs["out"]]
+    elif names := _parameters(node.target):
+        written = _written_by_name(dict(zip(names, node.args, strict=False)) | node.kwargs)
+    if node.kwargs.get("out") is not None:
+        written = (written, node.kwargs["out"])
     return [w for w in tree_leaves(written) if is_tensor(w)] if written else []
+
+
+@cache
+def _parameters(target: Any) -> tuple[str, ...]:
+    """The parameters of a function of ``torch.nn.functional``."""
+    given = getattr(target, "__module__", "") == F.__name__ and inspect.isfunction(target)
+    return tuple(inspect.signature(target).parameters) if given else ()
+
+
+def _written_by_name(given: dict[str, Any]) -> list[Any]:
+    """What a function of ``torch.nn.functional`` writes when it is ``given`` these arguments."""
+    written = [given["input"]] if given.get("inplace") else []
+    if given.get("max_norm") is not None:
+        written.append(given["weight"])
+    return [*written, given.get("running_mean"), given.get("running_var")]
 
 
 def _overload(target: Any) -> torch._ops.OpOverload | None:
@@ -125,4 +154,6 @@ def _overload(target: Any) -> torch._ops.OpOverload | None:
 def storage(node: Node) -> int | None:
     """An identity that nodes which may share memory share."""
     tensor = value(node)
+    while isinstance(tensor, torch.Tensor) and is_functorch_wrapped_tensor(tensor):
+        tensor = get_unwrapped(tensor)
     return StorageWeakRef(tensor.untyped_storage()).cdata if isinstance(tensor, torch.Tensor) else None

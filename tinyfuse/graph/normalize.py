@@ -148,7 +148,7 @@ def _canonical_call(node: Node) -> None:
     else:
         target = _FUNCTIONS.get(node.target, node.target)
         if isinstance(target, torch._ops.OpOverloadPacket):
-            target = target.default
+            target = getattr(target, "default", target)
         if isinstance(target, torch._ops.OpOverload):
             target = _OVERLOADS.get(target.name(), target)
         if target is getattr and node.args[1] in ("T", "mT") and value(node).dim() == 2:
@@ -209,7 +209,7 @@ def _positional(target: Callable, node: Node) -> tuple | None:
         kwargs["dim"] = kwargs.pop("axis")
     names = list(signature)
     bound = {**signature, **dict(zip(names, args, strict=False)), **kwargs}
-    if len(args) > len(names) or len(bound) != len(names):
+    if len(args) > len(names) or len(bound) != len(names) or any(arg is _REQUIRED for arg in bound.values()):
         return None
     if bound.pop("inplace", False):
         return None
@@ -243,7 +243,9 @@ def _conversion(node: Node) -> torch.dtype | None:
     if name not in ("to", "type", "type_as"):
         return None
     source, result = value(node.args[0]), value(node)
-    if source.device != result.device or node.kwargs.get("copy") or "memory_format" in node.kwargs:
+    flags = [arg for arg in node.args if isinstance(arg, bool)]  # non_blocking, copy
+    copies = node.kwargs.get("copy") or flags[1:] == [True]
+    if source.device != result.device or copies or "memory_format" in node.kwargs:
         return None
     return result.dtype
 

@@ -57,9 +57,9 @@ class Capture(Expr):
 
     def accepts(self, found: Any) -> bool:
         if self.kind == "tensor":
-            return nodes.is_tensor(found)
+            return nodes.is_plain_tensor(found)
         if self.kind == "optional":
-            return found is None or nodes.is_tensor(found)
+            return found is None or nodes.is_plain_tensor(found)
         if self.kind == "scalar":
             return isinstance(value(found), (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(found, bool)
         return True

@@ -124,6 +124,8 @@ class _Site:
         self.inputs = {c for c in found.captures.values() if isinstance(c, Node)} | self.shared
 
     def refusal(self) -> str | None:
+        if self.inputs & self.inside:
+            return "one of its values is an input of it too"
         for node in self.inside - set(self.found.roots):
             if any(user not in self.inside for user in node.users):
                 return f"its inner value '{node.name}' is used elsewhere too"

@@ -11,8 +11,8 @@ from torch.fx import Graph, Node
 import tinyfuse.kernels.mask_bounds
 import tinyfuse.kernels.rope_append_attention
 import tinyfuse.kernels.step_counters  # noqa: F401
-from tinyfuse.graph.nodes import is_tensor, storage, value
-from tinyfuse.graph.rewrite import run_fake
+from tinyfuse.graph.nodes import is_tensor, same_size, storage, value, writes
+from tinyfuse.graph.rewrite import op_of, run_fake
 from tinyfuse.graph.share import VIEWS, written
 
 _OF_MASKS = (operator.and_, operator.le, operator.gt, torch.sub, torch.add, "new_ones")
@@ -22,7 +22,7 @@ def drop_dead(graph: Graph) -> None:
     """Erase views, ``arange`` calls, masks and tuple items without users, which rewriting leaves behind."""
     dropped = (*VIEWS, torch.reshape, torch.arange, operator.getitem, *_OF_MASKS)
     for node in reversed(graph.nodes):
-        if not node.users and node.target in dropped:
+        if not node.users and node.target in dropped and not writes(node):
             graph.erase_node(node)
 
 
@@ -92,6 +92,39 @@ def _counter_site(node: Node) -> tuple[Node, Node, Node] | None:
     steps = next((a for a in position.args if a is not node), None)
     single = isinstance(steps, Node) and steps.target is torch.arange and steps.args == (1,)
     return (node, position, increment) if single and position < increment else None
+
+
+def keep_layouts(graph: Graph) -> None:
+    """Results whose memory leaves the graph, or is written later, lie contiguously where the traced ones do: what
+    follows may be a ``view``, which another layout has no room for, and a write through what is then a copy is lost."""
+    changed = written(graph)
+    seen = changed | {storage(n) for n in graph.output_node().all_input_nodes}
+    for node in list(graph.nodes):
+        copies = node.target in (torch.reshape, torch.Tensor.contiguous) and storage(node) != storage(node.args[0])
+        if copies and storage(node) in changed:
+            _follow(graph, node, torch.clone)
+        elif op_of(node) is not None and is_tensor(node) and storage(node) in seen and _lies_otherwise(node):
+            _follow(graph, node, torch.Tensor.contiguous)
+
+
+def _lies_otherwise(node: Node) -> bool:
+    if not _is_contiguous(value(node)) or any(value(n) is None for n in node.all_input_nodes):
+        return False
+    return not _is_contiguous(run_fake(node))
+
+
+def _is_contiguous(tensor: torch.Tensor) -> bool:
+    """Without a guard, and without leave for sizes of 1 to lie elsewhere."""
+    strides = torch.empty(tensor.shape, device="meta").stride()
+    return all(map(same_size, tensor.stride(), strides))
+
+
+def _follow(graph: Graph, node: Node, target: Any) -> None:
+    """Let ``target`` of ``node`` take its place."""
+    with graph.inserting_after(node):
+        after = graph.call_function(target, (node,))
+    after.meta["example_value"] = value(node)
+    node.replace_all_uses_with(after, delete_user_cb=lambda user: user is not after)
 
 
 def _emit(graph: Graph, target: Any, args: tuple) -> Node:
