@@ -146,6 +146,8 @@ def library() -> ctypes.CDLL:
             problems.append(str(error))
             continue
         loaded.tf_init(*_torch_pool())
+        if problems:
+            log.warning("the CPU kernels lie in %s (set TINYFUSE_CACHE): %s", folder, "; ".join(problems))
         return loaded
     raise BuildError("no folder to compile the CPU kernels into (set TINYFUSE_CACHE): " + "; ".join(problems))
 

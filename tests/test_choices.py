@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 
 import pytest
 import torch
@@ -60,6 +61,15 @@ def test_a_folder_that_cannot_be_written_costs_one_warning(tmp_path, caplog):
     assert [kept.fastest(name, FAST_STOCK) for name in "aab"] == ["reference"] * 3
     warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     assert sum("TINYFUSE_CACHE" in message for message in warnings) == 1
+
+
+def test_a_disk_that_is_full_is_not_littered(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    assert Choices(tmp_path / "choices.json", Clock()).fastest("a", FAST_STOCK) == "reference"
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_finished_survives_a_kill(tmp_path):

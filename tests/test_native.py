@@ -533,7 +533,7 @@ def test_concurrent_builds_leave_one_library(tiny_source, tmp_path):
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
-def test_an_unusable_cache_falls_back_to_a_temporary_folder(tiny_source, tmp_path, monkeypatch):
+def test_an_unusable_cache_falls_back_to_a_temporary_folder(tiny_source, tmp_path, monkeypatch, caplog):
     blocked = tmp_path / "file"
     blocked.write_text("")
     monkeypatch.setenv("TINYFUSE_CACHE", str(blocked / "cache"))
@@ -543,6 +543,7 @@ def test_an_unusable_cache_falls_back_to_a_temporary_folder(tiny_source, tmp_pat
     tiny_source.write_text(tiny_source.read_text() + ' extern "C" void tf_init() {}')
     _native.library.__wrapped__()
     assert list((tmp_path / "tmp").glob("*/native-*.so"))
+    assert [record.message for record in caplog.records if "TINYFUSE_CACHE" in record.message]
 
 
 def test_a_folder_that_others_can_write_is_not_trusted(tiny_source, tmp_path):

@@ -96,9 +96,10 @@ class Choices:
         self._merge()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with tempfile.NamedTemporaryFile("w", dir=self.path.parent, suffix=".json", delete=False) as file:
-                json.dump(self.known, file, indent=1, sort_keys=True)
-            os.replace(file.name, self.path)
+            with tempfile.TemporaryDirectory(dir=self.path.parent) as folder:
+                whole = Path(folder) / self.path.name
+                whole.write_text(json.dumps(self.known, indent=1, sort_keys=True))
+                os.replace(whole, self.path)
         except OSError as error:
             advice = "set TINYFUSE_CACHE to a folder that you can write to; until then every process measures anew"
             self._tell("read-only", f"the measured choices are not kept: {error}; {advice}")
