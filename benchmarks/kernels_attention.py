@@ -1,11 +1,11 @@
 """Attention kernels against scaled_dot_product_attention as Hugging Face calls it.
 
-    PYTHONPATH=. python3 benchmarks/kernels_attention.py [--sweep] [--out DIR] [--only decode|prefill]
+    PYTHONPATH=. python3 benchmarks/kernels_attention.py [--sweep] [--out DIR] [--only decode|decode-fp32|prefill]
 
 Every time is the median of CUDA-graph replays in microseconds per call, each graph walking through enough
 copies of the keys and values to exceed the L2 cache twice. Every variant is checked first against float64 on
-its first and last head. Writes attention-decode-<gpu>.json and attention-prefill-<gpu>.json. ``--shard I N`` runs every
-N-th case once, untimed: N such processes side by side fill Triton's disk cache.
+its first and last head. Writes attention-decode-<gpu>.json and one file more for each other kind. ``--shard I N`` runs
+every N-th case once, untimed: N such processes side by side fill Triton's disk cache.
 """
 
 from __future__ import annotations
@@ -239,7 +239,7 @@ def cases(only: str | None) -> list[tuple[str, Case]]:
         for live, size in ((128, 128), (128, 1024), (512, 512), (509, 509), (2048, 2048), (2041, 4096), (8192, 8192)):
             found.append(("prefill", Case(H, Hkv, D, live, size, live)))
     for H, Hkv, D in [*HEADS, (12, 12, 64)]:
-        found += [("decode", Case(H, Hkv, D, 1, n, n, "float32")) for n in (128, 1024, 8192)]
+        found += [("decode-fp32", Case(H, Hkv, D, 1, n, n, "float32")) for n in (128, 1024, 8192)]
     for H, Hkv, D in [(8, 8, 256), (32, 8, 80), (12, 12, 96)]:
         found += [("decode", Case(H, Hkv, D, 1, n, n)) for n in (512, 8192)]
         found += [("prefill", Case(H, Hkv, D, n, n, n)) for n in (128, 512, 2048)]
@@ -249,7 +249,7 @@ def cases(only: str | None) -> list[tuple[str, Case]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sweep", action="store_true")
-    parser.add_argument("--only", choices=("decode", "prefill"))
+    parser.add_argument("--only", choices=("decode", "decode-fp32", "prefill"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--shard", type=int, nargs=2)
     args = parser.parse_args()
@@ -294,7 +294,7 @@ def show(row: dict, bandwidth: float) -> None:
     wrong = [n for n, e in row["error"].items() if not e <= 2 * row["error"]["stock"]]
     fastest = sorted((t, n) for n, t in us.items() if n.startswith("("))[:3]
     print(
-        f"{row['kind']} {row['dtype']} {heads} Sq {row['Sq']} live {row['live']}/{row['Skv']}"
+        f"{row['kind']} {heads} Sq {row['Sq']} live {row['live']}/{row['Skv']}"
         f" floor {floor:.1f}: " + ", ".join(f"{n} {t:.1f}" for n, t in us.items() if not n.startswith("(")),
         f"| stock/ours {us['stock'] / us['tinyfuse']:.2f} | host {[round(t) for t in row['host_us'].values()]}"
         f" | best {[(round(t, 1), n) for t, n in fastest]} | wrong {wrong} {row['failed'] or ''}",
@@ -302,7 +302,7 @@ def show(row: dict, bandwidth: float) -> None:
     )
 
 
-VARIANTS = {"decode": decode_variants, "prefill": prefill_variants}
+VARIANTS = {"decode": decode_variants, "decode-fp32": decode_variants, "prefill": prefill_variants}
 
 if __name__ == "__main__":
     main()

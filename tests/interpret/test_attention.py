@@ -156,8 +156,8 @@ def test_all_splits_of_a_token_run_at_once(monkeypatch, processors):
     for rows, programs, width, itemsize in itertools.product(
         [1, 4, 8], [1, 4, 8, 32, 40, 128, 256], [64, 128, 256], [2, 4]
     ):
-        for length, ahead in itertools.product([1, 200, 1000, 8192, 40000], [True, False]):
-            p = plan(rows, programs, length, width, itemsize, ahead, device)
+        for length, ahead, new in itertools.product([1, 200, 1000, 8192, 40000], [True, False], [True, False]):
+            p = plan(rows, programs, length, width, itemsize, ahead, new, device)
             at_once = _attention_decode.REGISTERS // (32 * p.warps * (p.registers or 255)) * processors
             assert p.splits == 1 or p.splits * programs <= at_once, (rows, programs, length, p)
             assert p.splits <= _attention_decode.MAX_SPLITS and (p.splits - 1) * p.block_n < length
