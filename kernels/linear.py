@@ -161,6 +161,7 @@ OP = register(
         Kernel("tensor_core", "cuda", supports_tensor_core, run_tensor_core),
         Kernel("cublas", "cuda", supports_cublas, run_cublas),
     ],
+    ahead=range(1, 4),
 )
 
 

@@ -79,4 +79,5 @@ OP = register(
         Kernel("tensor_core", "cuda", _gemm.reason, _gemm.gemm),
         Kernel("each", "cuda", supports_each, run_each),
     ],
+    ahead=range(1, 4),
 )

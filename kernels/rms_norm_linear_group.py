@@ -111,4 +111,5 @@ OP = register(
         Kernel("tensor_core", "cuda", supports_tensor_core, run_tensor_core),
         Kernel("each", "cuda", supports_each, run_each),
     ],
+    ahead=range(1, 8),
 )

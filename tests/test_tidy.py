@@ -10,7 +10,7 @@ from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_mut
 import tinyfuse.kernels.linear
 import tinyfuse.kernels.rms_norm  # noqa: F401
 from tests.graphs import Built
-from tinyfuse.graph.lower import weight_is_made
+from tinyfuse.graph.lower import reads_too_early
 from tinyfuse.graph.nodes import writes
 from tinyfuse.graph.normalize import normalize
 from tinyfuse.graph.pattern import call, tensor
@@ -154,9 +154,9 @@ def test_a_product_does_not_read_ahead_what_a_kernel_makes() -> None:
     products = [call(linear, x, weight, None, None, None) for weight in weights]
     built = Built([*products, call(linear, made, w, None, None, made)], example)
     ops = {node: op for node in built.graph.nodes if (op := op_of(node)) is not None}
-    found = [weight_is_made(op, node, ops, "cpu") for node, op in ops.items() if op.name == "linear"]
+    found = [reads_too_early(op, node, ops, "cpu") for node, op in ops.items() if op.name == "linear"]
     assert found == [False, True, True, False, False]
-    assert not any(weight_is_made(op, node, ops) for node, op in ops.items()), "the CPU runs one after the other"
+    assert not any(reads_too_early(op, node, ops) for node, op in ops.items()), "the CPU runs one after the other"
 
 
 def test_views_have_one_spelling() -> None:

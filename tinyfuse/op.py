@@ -42,13 +42,14 @@ class Kernel:
 @dataclass
 class Op:
     """``reference`` is the oracle and the last fallback; ``fake`` gives metadata of the result; a ``pure`` op writes
-    none of its arguments."""
+    none of its arguments; those ``ahead`` its GPU kernels read before they wait for the kernels in front of them."""
 
     name: str
     reference: Callable[..., Any]
     fake: Callable[..., Any]
     kernels: Sequence[Kernel]
     pure: bool = False
+    ahead: range = range(0)
     broken: dict[str, str] = field(default_factory=dict)
     chosen: dict[Hashable, Kernel | None] = field(default_factory=dict)
 
@@ -158,12 +159,13 @@ def register(
     reference: Callable[..., Any],
     fake: Callable[..., Any] | None = None,
     kernels: Sequence[Kernel] = (),
+    ahead: range = range(0),
 ) -> Op:
     """Define ``torch.ops.tinyfuse`` op with the schema ``signature``, for example
     ``"scale(Tensor x, float by) -> Tensor"``. Mutated arguments are marked as in ATen: ``Tensor(a!) x``.
     Kernels are tried in the order given. ``fake`` stands in for the reference where only metadata counts."""
     name = signature.partition("(")[0]
-    op = Op(name, reference, fake or reference, tuple(kernels), "!" not in signature)
+    op = Op(name, reference, fake or reference, tuple(kernels), "!" not in signature, ahead)
     _library.define(signature)
     _library.impl(name, op, "CompositeExplicitAutograd")
     torch.library.register_fake(f"tinyfuse::{name}", op.fake, lib=_library)

@@ -20,7 +20,6 @@ from tinyfuse.graph.share import VIEWS
 from tinyfuse.op import Op, metadata
 
 AT_RUN_TIME = "at run time"
-_PRODUCTS = ("linear", "linear_group", "gated_linear", "rms_norm_linear_group", "rms_norm_gated_linear")
 _PASSING = {*VIEWS, torch.reshape, operator.getitem}
 
 
@@ -41,8 +40,8 @@ def lower(graph: Graph) -> tuple[Callable[..., Any], dict[Node, Choice]]:
         op = op_of(node)
         if op is not None:
             written[node] = writes(node)
-            made = weight_is_made(op, node, choices)
-            choices[node], node.target = _in_order(op) if made else _bind(op, node)
+            early = reads_too_early(op, node, choices)
+            choices[node], node.target = _in_order(op) if early else _bind(op, node)
     root = graph.owning_module or torch.nn.Module()
     return GraphModule(root, _executable(graph, choices, written)).forward, choices
 
@@ -70,11 +69,10 @@ def _is_fixed(arg: Any) -> bool:
     return all(is_static(v) if isinstance(v, torch.Tensor) else not isinstance(v, torch.SymInt) for v in values)
 
 
-def weight_is_made(op: Op, node: Node, ops: Collection[Node], device: str = "cuda") -> bool:
-    """Whether a weight of a product, or what else it reads ahead, is the result of one of ``ops``. On a GPU products
-    load those before they wait for the kernels in front, and may start before these have ended."""
-    ahead = (node.args[1:4] if op.name == "linear" else node.args[1:]) if op.name in _PRODUCTS else ()
-    found = [n for n in tree_leaves(ahead) if is_tensor(n) and value(n).device.type == device]
+def reads_too_early(op: Op, node: Node, ops: Collection[Node], device: str = "cuda") -> bool:
+    """Whether one of ``ops`` makes what the kernels of ``op`` read ahead: they may start before it has ended."""
+    ahead = tree_leaves(node.args[op.ahead.start : op.ahead.stop])
+    found = [n for n in ahead if is_tensor(n) and value(n).device.type == device]
     while found:
         node = found.pop()
         if node in ops:
