@@ -161,6 +161,18 @@ def test_any_module():
     assert "forward" not in vars(module)
 
 
+def test_a_model_that_cannot_be_quantised_stays_optimised():
+    model = optimize(llama(), fallback="error")
+    model.lm_head.weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="NaN"):
+        optimize(model, quantize="int8")
+    assert model._tinyfuse.mode == "error"
+    restore(model)
+    with pytest.raises(ValueError, match="NaN"):
+        optimize(model, quantize="int8")
+    assert not hasattr(model, "_tinyfuse")
+
+
 def test_quantize_now_or_later():
     model = llama()
     weights = sum(p.nbytes for p in model.model.layers.parameters())

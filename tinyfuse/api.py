@@ -46,8 +46,14 @@ def optimize(model: nn.Module, quantize: str | None = None, *, fallback: str = "
         log.warning("optimize: TINYFUSE_DISABLE=1 is set, the model stays as it is")
         return model
     if quantize is not None:
+        before = vars(model).get(ATTRIBUTE)
         restore(model)  # what was compiled for the float weights
-        report = quantize_(model, quantize)
+        try:
+            report = quantize_(model, quantize)
+        except Exception:
+            if before is not None:
+                optimize(model, fallback=before.mode)
+            raise
         log.info("%s", report)
     runtime = vars(model).get(ATTRIBUTE)
     if runtime is None:
