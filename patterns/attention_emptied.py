@@ -12,7 +12,7 @@ import torch
 from tinyfuse.graph.nodes import same_shape, value
 from tinyfuse.graph.pattern import Check, Pattern, anything, call, cast, scalar, tensor
 from tinyfuse.patterns.attention import HEADS, attention, one_size, q, rank_4
-from tinyfuse.patterns.attention_softmax import DTYPES, in_fp32
+from tinyfuse.patterns.attention_softmax import DTYPES, in_fp32, inverse
 
 bias, shown = tensor("bias shown")
 factor, inside = scalar("factor"), anything("inside")
@@ -29,7 +29,7 @@ once, again = hidden(shown, sizes), hidden(shown, sizes_again)
 def with_zeros(m):
     where = hidden(m.shown, m.sizes)
     mask = call(torch.masked_fill, m.bias, where, -math.inf)
-    made = call(attention, m.q, m.k, m.v, mask, 1.0 / m.factor, False)
+    made = call(attention, m.q, m.k, m.v, mask, inverse(m), False)
     return [call(torch.masked_fill, made, call(torch.all, where, 3, True), 0.0)]
 
 

@@ -12,7 +12,7 @@ from tinyfuse.graph.nodes import same_size
 from tinyfuse.graph.pattern import Check, Pattern, anything, call, cast, one_of, scalar, tensor
 from tinyfuse.patterns.attention import attention
 from tinyfuse.patterns.attention_merged_heads import same, shape
-from tinyfuse.patterns.attention_softmax import NEVER
+from tinyfuse.patterns.attention_softmax import hides
 
 q, keys, v, bias, hidden = tensor("q keys v bias hidden")
 fill, split, merged, out = scalar("fill"), *anything("split merged out")
@@ -46,7 +46,7 @@ merged_bias = Pattern(
     where=(
         Check(lambda m: m.D is m.dtype("q") is m.dtype("keys") is m.dtype("v") is m.dtype("bias"), "its dtypes differ"),
         Check(splits, "its products are not over batch and heads"),
-        Check(lambda m: m.fill <= NEVER, "what it hides keeps a part of its score"),
+        Check(hides, "what it hides keeps a part of its score"),
     ),
     to=by_head,
     example=lambda: {

@@ -7,6 +7,7 @@ which changes nothing but their range.
 import operator
 
 import torch
+from torch.fx import Node
 
 from tinyfuse.graph import nodes
 from tinyfuse.graph.pattern import Check, Pattern, anything, call, cast, scalar, tensor
@@ -25,14 +26,23 @@ def shifted(scores):
     return scores - call(operator.getitem, call(nodes.max_along, scores, 3, True), 0)
 
 
+def inverse(m):
+    return call(operator.truediv, 1.0, m.factor) if isinstance(m.factor, Node) else 1.0 / m.factor
+
+
+def hides(m):
+    fill = m.captures.get("fill", NEVER)
+    return not isinstance(fill, Node) and fill <= NEVER
+
+
 # What becomes of the scores; the scale and the bias of the attention that it is.
 FORMS = {
     "plain": (lambda scores: scores, lambda m: 1.0, lambda m: None),
     "times": (lambda scores: scores * factor, lambda m: m.factor, lambda m: None),
-    "over": (lambda scores: scores / factor, lambda m: 1.0 / m.factor, lambda m: None),
+    "over": (lambda scores: scores / factor, inverse, lambda m: None),
     "plain_masked": (lambda scores: scores + bias, lambda m: 1.0, lambda m: m.bias),
     "times_masked": (lambda scores: scores * factor + bias, lambda m: m.factor, lambda m: m.bias),
-    "over_masked": (lambda scores: scores / factor + bias, lambda m: 1.0 / m.factor, lambda m: m.bias),
+    "over_masked": (lambda scores: scores / factor + bias, inverse, lambda m: m.bias),
     "times_masked_shifted": (
         lambda scores: shifted(scores * factor + bias),
         lambda m: m.factor,
@@ -40,7 +50,7 @@ FORMS = {
     ),
     "masked_over": (
         lambda scores: (scores + bias) / factor,
-        lambda m: 1.0 / m.factor,
+        inverse,
         lambda m: call(torch.div, m.bias, m.factor),
     ),
     "times_masked_filled": (filled, lambda m: m.factor, lambda m: call(torch.masked_fill, m.bias, m.hidden, m.fill)),
@@ -84,7 +94,7 @@ def between_matmuls(name, form, heads, **more):
             two_dims,
             Check(dtypes_fit, DTYPES),
             heads.fit,
-            Check(lambda m: m.captures.get("fill", NEVER) <= NEVER, "what it hides keeps a part of its score"),
+            Check(hides, "what it hides keeps a part of its score"),
         ),
         to=fused,
         example=lambda: (

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.source import ConstantSource
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from tests.graphs import Built
 from tinyfuse.graph.library import all_patterns
 from tinyfuse.graph.nodes import value
-from tinyfuse.graph.pattern import Call, Cast, Expr, Pattern, children, rebuild, walk
+from tinyfuse.graph.pattern import Call, Capture, Cast, Expr, Pattern, children, rebuild, walk
 
 PATTERNS = all_patterns()
 
@@ -153,3 +155,42 @@ def test_a_cubic_that_is_not_that_of_gelu_is_left_alone(name: str, other: dict[s
     pattern = next(p for p in PATTERNS if p.name == name)
     for roots in pattern.alternates()[-2:]:  # the two written out
         assert not Built(roots, example_of(pattern) | other).rewrite([pattern]).hits
+
+
+class Computed(Built):
+    """One number of the example is computed, as sizes that move from call to call are."""
+
+    def __init__(self, roots, example: dict[str, Any], name: str):
+        self.name = name
+        super().__init__(roots, example)
+
+    def _emit(self, expr: Any) -> Any:
+        if not isinstance(expr, Capture) or expr.name != self.name:
+            return super()._emit(expr)
+        if self.name not in self.made:
+            node = self.graph.placeholder(self.name)
+            node.meta["example_value"] = symbol(self.captured[self.name])
+            self.made[self.name] = node
+        return self.made[self.name]
+
+
+def symbol(number: float) -> torch.SymInt | torch.SymFloat:
+    shape_env, source = ShapeEnv(), ConstantSource("number")
+    made = shape_env.create_unspecified_symbol(number, source, DimDynamic.DYNAMIC)
+    node = shape_env.create_symintnode if isinstance(number, int) else shape_env.create_symfloatnode
+    return node(made, hint=number, source=source)
+
+
+NUMBERS = [
+    pytest.param(pattern, name, id=f"{pattern.name}-{name}")
+    for pattern in PATTERNS
+    for root in pattern.roots
+    for name in {e.name: e for e in walk(root) if isinstance(e, Capture) and e.kind == "scalar"}
+]
+
+
+@pytest.mark.parametrize(("pattern", "name"), NUMBERS)
+def test_a_number_that_is_computed(pattern: Pattern, name: str) -> None:
+    """It matches or it does not, but the rest of the graph is rewritten."""
+    for roots in pattern.alternates()[:2]:
+        Computed(roots, example_of(pattern), name).rewrite([pattern])
