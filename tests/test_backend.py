@@ -189,7 +189,38 @@ def view_after_a_break_both(q, k, v) -> tuple[Tensor, Tensor]:
     return copied.mul_(2), out
 
 
-@pytest.mark.parametrize("code", [write_through_a_view, write_a_copy, view_after_a_break, view_after_a_break_both])
+def write_rows_that_lie_otherwise(q, k, v) -> Tensor:
+    x = q[0].transpose(0, 1)
+    out = x + F.linear(x, k[0, 0, 0].outer(k[0, 0, 1]))
+    out.transpose(0, 1).view(-1).mul_(2)
+    return out
+
+
+def view_rows_that_lie_otherwise(q, k, v) -> tuple[Tensor, Tensor]:
+    x, w = q[0].transpose(0, 1), k[0, 0, 0].outer(k[0, 0, 1])
+    out, columns = x + F.linear(x, w), torch.matmul(w, q[0].transpose(1, 2))
+    torch._dynamo.graph_break()
+    return out.transpose(0, 1).view(-1), columns.view(-1)
+
+
+def write_columns(q, k, v) -> Tensor:
+    columns = torch.matmul(k[0, 0, 0].outer(k[0, 0, 1]), q[0].transpose(1, 2))
+    columns.view(-1).mul_(2)
+    return columns
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        write_through_a_view,
+        write_a_copy,
+        view_after_a_break,
+        view_after_a_break_both,
+        view_rows_that_lie_otherwise,
+        write_rows_that_lie_otherwise,
+        write_columns,
+    ],
+)
 @torch.no_grad()
 def test_the_memory_of_a_result_lies_as_traced(code) -> None:
     """Values as wide as these are no case of torch's fused attention, whose results lie otherwise too."""

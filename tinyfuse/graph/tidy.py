@@ -95,34 +95,54 @@ def _counter_site(node: Node) -> tuple[Node, Node, Node] | None:
 
 
 def keep_layouts(graph: Graph) -> None:
-    """Results whose memory leaves the graph, or is written later, lie contiguously where the traced ones do: what
-    follows may be a ``view``, which another layout has no room for, and a write through what is then a copy is lost."""
+    """Results whose memory leaves the graph, or is written later, lie as the traced ones do: what follows may be a
+    ``view``, which another layout has no room for, and a write through what is then a copy is lost."""
     changed = written(graph)
     seen = changed | {storage(n) for n in graph.output_node().all_input_nodes}
     for node in list(graph.nodes):
         copies = node.target in (torch.reshape, torch.Tensor.contiguous) and storage(node) != storage(node.args[0])
         if copies and storage(node) in changed:
             _follow(graph, node, torch.clone)
-        elif op_of(node) is not None and is_tensor(node) and storage(node) in seen and _lies_otherwise(node):
-            _follow(graph, node, torch.Tensor.contiguous)
+        elif is_tensor(node) and storage(node) in seen and _lies_otherwise(node):
+            _follow(graph, node, _in_order, _order(value(node)))
 
 
 def _lies_otherwise(node: Node) -> bool:
-    if not _is_contiguous(value(node)) or any(value(n) is None for n in node.all_input_nodes):
+    """Whether the result of an op, or the part or view of it that a replacement takes, lies otherwise than traced."""
+    op = node if op_of(node) is not None else _op_inside(node)
+    if op is None or any(value(n) is None for n in op.all_input_nodes):
         return False
-    return not _is_contiguous(run_fake(node))
+    if op is not node:
+        op.meta["example_value"] = run_fake(op)
+    traced, made = value(node), run_fake(node)
+    sizes = zip(traced.shape, traced.stride(), made.stride(), strict=True)
+    return any(not same_size(there, here) for size, there, here in sizes if not same_size(size, 1))
 
 
-def _is_contiguous(tensor: torch.Tensor) -> bool:
-    """Without a guard, and without leave for sizes of 1 to lie elsewhere."""
-    strides = torch.empty(tensor.shape, device="meta").stride()
-    return all(map(same_size, tensor.stride(), strides))
+def _op_inside(node: Node) -> Node | None:
+    """The op inside a replacement that ``node`` gives a part or a view of."""
+    source = node.args[0] if node.op == "call_function" and node.args else None
+    inside = isinstance(source, Node) and op_of(source) is not None and not is_tensor(source)
+    return source if inside and node.target in (*VIEWS, operator.getitem) else None
 
 
-def _follow(graph: Graph, node: Node, target: Any) -> None:
+def _order(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The dims of dense memory from the outermost on; as they are where strides are known to the data alone."""
+    strides = [s.node.hint if isinstance(s, torch.SymInt) else s for s in tensor.stride()]
+    dims = range(tensor.dim())
+    return tuple(dims if None in strides else sorted(dims, key=lambda dim: -strides[dim]))
+
+
+def _in_order(x: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
+    """``x`` in memory that has its dims in this order."""
+    inverse = [order.index(dim) for dim in range(x.dim())]
+    return x.permute(order).contiguous().permute(inverse)
+
+
+def _follow(graph: Graph, node: Node, target: Any, *args: Any) -> None:
     """Let ``target`` of ``node`` take its place."""
     with graph.inserting_after(node):
-        after = graph.call_function(target, (node,))
+        after = graph.call_function(target, (node, *args))
     after.meta["example_value"] = value(node)
     node.replace_all_uses_with(after, delete_user_cb=lambda user: user is not after)
 
