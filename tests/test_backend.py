@@ -137,12 +137,15 @@ WRITES = inplace_functions() | {
 @pytest.mark.parametrize("name", WRITES)
 @torch.no_grad()
 def test_no_read_moves_across_a_write(name) -> None:
-    """Linears of one input run together, and equal sums once, but not around a write of what they read."""
+    """Linears of one input run together, equal sums once, and a norm with the sum that it is of, but not around a write
+    of what they read."""
 
     def code(x, rows, w, v):
         first = F.linear(x, w), x + 1
         WRITES[name](x, rows)
-        return *first, F.linear(x, v), (x + 1) * 2
+        total = x + rows
+        WRITES[name](total, rows)
+        return *first, F.linear(x, v), (x + 1) * 2, F.layer_norm(total, (40,)), F.rms_norm(total, (40,), eps=1e-5)
 
     assert_alike(code, torch.randn(5, 40), torch.randn(5, 40), torch.randn(24, 40), torch.randn(24, 40))
 

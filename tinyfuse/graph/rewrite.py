@@ -147,6 +147,8 @@ class _Site:
             touched = {storage(w) for w in writes(node)}
             if touched and self._moves_a_read(node, touched):
                 return f"an input is written in place by '{node.name}' in between"
+            if touched and self._reads_after(node, touched):
+                return f"one of its values is written in place by '{node.name}' in between"
             if written and any(is_tensor(a) and storage(a) in written for a in node.all_input_nodes):
                 return f"'{node.name}' uses the memory it writes in between"
         return None
@@ -158,6 +160,11 @@ class _Site:
         readers = [user for n in aliases for user in n.users if user in self.inside | self.shared]
         before = any(n < write for n in (*readers, *self.shared.intersection(aliases)))
         return bool(aliases) and (self.place < write or before)
+
+    def _reads_after(self, write: Node, touched: set[Any]) -> bool:
+        """Whether the match makes a value in the memory ``touched`` by ``write`` and reads it only afterwards."""
+        made = [n for n in self.inside if storage(n) in touched]
+        return any(user > write for n in made for user in n.users if user in self.inside)
 
     def replace(self, graph: Graph, values: Sequence[Any], effects: Sequence[Call], outcome: Outcome) -> None:
         known = {id(new): value(root) for root, new in zip(self.found.roots, values, strict=True)}
