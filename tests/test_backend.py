@@ -150,6 +150,20 @@ def test_no_read_moves_across_a_write(name) -> None:
     assert_alike(code, torch.randn(5, 40), torch.randn(5, 40), torch.randn(24, 40), torch.randn(24, 40))
 
 
+@torch.no_grad()
+def test_an_idle_dropout_is_its_input() -> None:
+    """In the memory of which it lies, as do views of it."""
+
+    def code(x, w, v):
+        total = x + 1
+        kept = F.dropout(total, 0.1, training=False)
+        rows, first = kept.reshape(1, 3, 2, 4), F.linear(total, w)
+        kept.chunk(2, -1)[0].mul_(-2)
+        return first, F.linear(total, v), F.layer_norm(rows, (4,)) * rows, total
+
+    assert_alike(code, torch.randn(3, 8), torch.randn(6, 8), torch.randn(6, 8))
+
+
 @pytest.mark.filterwarnings("ignore:Implicit dimension")
 @torch.no_grad()
 def test_copies_sums_and_dims_by_default() -> None:

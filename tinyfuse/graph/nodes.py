@@ -153,7 +153,10 @@ def _overload(target: Any) -> torch._ops.OpOverload | None:
 
 def storage(node: Node) -> int | None:
     """An identity that nodes which may share memory share."""
-    tensor = value(node)
+    return memory(value(node))
+
+
+def memory(tensor: Any) -> int | None:
     while isinstance(tensor, torch.Tensor) and is_functorch_wrapped_tensor(tensor):
         tensor = get_unwrapped(tensor)
     return StorageWeakRef(tensor.untyped_storage()).cdata if isinstance(tensor, torch.Tensor) else None

@@ -20,7 +20,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch._subclasses import FakeTensor
 from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+from torch.utils._pytree import tree_leaves
 
 from tinyfuse.graph.nodes import (
     baddbmm,
@@ -28,11 +31,14 @@ from tinyfuse.graph.nodes import (
     gelu,
     grouped_mm,
     grouped_mm_fallback,
+    is_plain_tensor,
     is_static,
     is_tensor,
     max_along,
+    memory,
     same_shape,
     sdpa,
+    storage,
     value,
     variance,
 )
@@ -125,8 +131,27 @@ def normalize(graph: Graph) -> None:
         _canonical_call(node)
         source = _same_as(node)
         if source is not None:
+            if is_tensor(node) and storage(node) != storage(source):
+                _lie_in(node, value(source), storage(node))
             node.replace_all_uses_with(source)
             graph.erase_node(node)
+
+
+def _lie_in(node: Node, made: Any, before: int | None) -> None:
+    """Let ``node`` have the value ``made``, and what lies in its memory ``before`` be views of that: Dynamo gives the
+    result of an idle dropout memory of its own, but it is the input itself."""
+    node.meta["example_value"] = made
+    for user in node.users:
+        if before in map(memory, tree_leaves(value(user))):
+            _lie_in(user, _made_again(user), before)
+
+
+def _made_again(node: Node) -> Any:
+    args, kwargs = map_arg((node.args, node.kwargs), value)
+    fake = next(v for v in tree_leaves(args) if isinstance(v, FakeTensor))
+    target = getattr(type(args[0]), node.target) if node.op == "call_method" else node.target
+    with fake.fake_mode:
+        return target(*args, **kwargs)
 
 
 def _is_unused_item(node: Node) -> bool:
@@ -271,7 +296,8 @@ def _same_as(node: Node) -> Node | None:
     if node.target in (F.dropout, torch.dropout):
         bound = dict(zip(("input", "p", "training"), node.args, strict=False)) | node.kwargs
         idle = bound.get("training", True) is False or bound.get("p", 0.5) == 0.0
-        return bound["input"] if idle else None
+        known = idle and (storage(node) == storage(bound["input"]) or is_plain_tensor(node))
+        return bound["input"] if known else None
     if _is_true_and(node):
         return node.args[1]
     source = node.args[0] if node.args else None
