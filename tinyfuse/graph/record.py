@@ -100,6 +100,8 @@ def record(
     symbols = recorder.take(fakes)
     with _compiling(), enable_python_dispatcher(), mode, recorder:
         result = call(fakes)
+    if recorder.declined is not None:  # and the call went on
+        raise recorder.declined
     leaves, spec = tree_flatten(result)
     recorder.graph.output([recorder.operand(leaf) for leaf in leaves if isinstance(leaf, Tensor)])
     leaves = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
@@ -216,6 +218,7 @@ class _Recorder(TorchFunctionMode):
         self.sizes: dict[Any, Node] = {}
         self.known: dict[Any, Any] = {}  # what a call gave, by what it looked like
         self.last: Node | None = None
+        self.declined: Declined | None = None
 
     def stand_in(self, name: str, item: Given) -> FakeTensor:
         looks = item.group or name, tuple(item.dynamic), _described(item.tensor)
@@ -256,7 +259,13 @@ class _Recorder(TorchFunctionMode):
         self.alive.append(tensor)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
+        try:
+            return self._call(func, args, kwargs or {})
+        except Declined as reason:
+            self.declined = reason
+            raise
+
+    def _call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = getattr(func, "__name__", "")
         if func is Tensor.__iter__:
             with self:
@@ -379,7 +388,7 @@ class _Recorder(TorchFunctionMode):
 
     def _module(self) -> tuple[str, type | None]:
         """The module whose code runs: the nearest ``self`` that is one."""
-        frame = sys._getframe(3)
+        frame = sys._getframe(4)
         while frame is not None:
             code = frame.f_code
             if code.co_argcount and code.co_varnames[0] == "self":
