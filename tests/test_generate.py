@@ -35,8 +35,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from tinyfuse.api import optimize, restore
 from tinyfuse.kernels import _triton
+from tinyfuse.runtime import cache, recorded
 from tinyfuse.runtime import prompt as padded
-from tinyfuse.runtime import recorded
 from tinyfuse.runtime.cache import CachePool
 from tinyfuse.runtime.forward import CACHE
 from tinyfuse.runtime.tail import Tail
@@ -226,6 +226,15 @@ def test_padded_prompts(family, monkeypatch):
     prompts = [prompt for slot in pair.fast._tinyfuse.pool.slots.values() for prompt in slot.prompts.values()]
     assert 4 <= len(prompts) <= 10 and all(prompt.usable for prompt in prompts)
     assert pair.fallbacks == []
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_cache_holds_is_learnt_without_a_run(family, monkeypatch):
+    pair, learnt = Pair(FAMILIES[family]), []
+    imagined = cache._imagined
+    monkeypatch.setattr(cache, "_imagined", lambda *args: learnt.append(imagined(*args)) or learnt[-1])
+    pair.same(**ONE)
+    assert learnt and None not in learnt
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -231,13 +231,17 @@ def _probe(model: torch.nn.Module, forward: Callable[..., Any]) -> tuple[list[tu
 def _imagined(model: torch.nn.Module, forward: Callable[..., Any], ids: Tensor) -> StaticCache | None:
     """The cache after the forward of ``ids`` on fake tensors, which runs no kernel; None where it takes real ones."""
     cache = _static_cache(model, 4)
+    counting = {f"counter {i}": layer for i, layer in enumerate(cache.layers) if isinstance(layer, StaticLayer)}
+    given = {name: Given(layer.cumulative_length) for name, layer in counting.items()}
 
     def call(fakes: dict[str, Tensor]) -> None:
+        for name, layer in counting.items():
+            layer.cumulative_length = fakes[name]
         forward(input_ids=fakes["ids"], use_cache=True, **{CACHE: cache})
 
     try:
         with unchanged(model):
-            record(call, {"ids": Given(ids)}, {})
+            record(call, {"ids": Given(ids), **given}, {})
     except Exception:  # the real forward says what is wrong
         return None
     return cache
