@@ -1,14 +1,19 @@
 """Recorded graphs: equal to the code they were recorded from, at every size, and given up where the model changes."""
 
 import copy
+import dataclasses
 import enum
+import functools
 import gc
 import operator
+import os
+import random
 import weakref
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.fx import GraphModule
 from torch.overrides import handle_torch_function, has_torch_function_unary
@@ -18,6 +23,7 @@ from tests.test_generate import SIZE
 from tinyfuse.api import optimize
 from tinyfuse.graph.record import Declined, Given, record
 from tinyfuse.quantize import quantize_
+from tinyfuse.runtime import recorded
 
 
 def replay(graph, recording, given):
@@ -198,6 +204,7 @@ def swallowed(total):
         lambda x: x + torch.tensor(x.tolist()),
         lambda x: x + float(x[0]),
         lambda x: x[x.nonzero().numpy()],
+        lambda x: x * swallowed(x.sum),
     ],
 )
 def test_a_value_that_decides_is_no_recording(look):
@@ -205,9 +212,9 @@ def test_a_value_that_decides_is_no_recording(look):
         record(lambda fakes: look(fakes["x"]), {"x": Given(torch.ones(3))}, {})
 
 
-def llama():
+def llama(layers=2):
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**SIZE | {"num_hidden_layers": 2, "initializer_range": 0.2})).eval()
+    model = LlamaForCausalLM(LlamaConfig(**SIZE | {"num_hidden_layers": layers, "initializer_range": 0.2})).eval()
     model.generation_config.eos_token_id = None
     return model
 
@@ -289,6 +296,183 @@ def test_the_memory_of_a_tensor_that_is_no_buffer_may_change():
         pair = [torch.stack(m.generate(torch.tensor([[5, 17, 33, 2, 8, 61]]), **options).logits) for m in (fast, stock)]
         assert torch.allclose(*pair, atol=1e-4)
     assert fast._tinyfuse.recordings.version == 2
+
+
+FACTOR, FACTORS = 1.0, {"held": {"deep": 1.0}}
+
+
+def by_factor(x):
+    return x * FACTOR
+
+
+@dataclasses.dataclass
+class Options:
+    factor: float = 1.0
+    table: dict = dataclasses.field(default_factory=lambda: {"deep": {"deeper": 1.0}})
+    shift: torch.Tensor | None = None
+
+
+class Slotted:
+    __slots__ = ("factor",)
+
+
+class Scaled(nn.Module):
+    """Multiplies by what its code finds in many places."""
+
+    factor = 1.0
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.options, self.nested, self.slotted = inner, Options(), ({"deep": 1.0},), Slotted()
+        self.slotted.factor, factor = 1.0, 1.0
+
+        def set_cell(value):
+            nonlocal factor
+            factor = value
+
+        self.closure, self.set_cell = (lambda x: x * factor), set_cell
+        self.partial = functools.partial(lambda factors, x: x * factors["deep"], {"deep": 1.0})
+
+    def helper(self, x, factor=1.0):
+        return x * self.factor * factor * float(os.environ.get("TINYFUSE_TEST_FACTOR", "1"))
+
+    def forward(self, x):
+        y = self.partial(self.closure(by_factor(self.helper(self.inner(x)))))
+        y = y * self.options.factor * self.options.table["deep"]["deeper"]
+        y = y * self.nested[0]["deep"] * self.slotted.factor * FACTORS["held"]["deep"]
+        return y if self.options.shift is None else y + self.options.shift
+
+
+PLACES = {
+    "global of a helper": lambda m, patch: patch.setattr(f"{__name__}.FACTOR", 2.0),
+    "container of a global": lambda m, patch: patch.setitem(FACTORS["held"], "deep", 2.0),
+    "class attribute": lambda m, patch: patch.setattr(Scaled, "factor", 2.0),
+    "method of the class": lambda m, patch: patch.setattr(Scaled, "helper", lambda self, x: 2 * x),
+    "default": lambda m, patch: patch.setattr(Scaled.helper, "__defaults__", (2.0,)),
+    "environment": lambda m, patch: patch.setenv("TINYFUSE_TEST_FACTOR", "2"),
+    "object": lambda m, patch: patch.setattr(m.options, "factor", 2.0),
+    "container of an object": lambda m, patch: patch.setitem(m.options.table["deep"], "deeper", 2.0),
+    "tensor of an object": lambda m, patch: patch.setattr(m.options, "shift", torch.ones(32)),
+    "container of a tuple": lambda m, patch: patch.setitem(m.nested[0], "deep", 2.0),
+    "slot": lambda m, patch: patch.setattr(m.slotted, "factor", 2.0),
+    "closure": lambda m, patch: m.set_cell(2.0),
+    "partial": lambda m, patch: patch.setitem(m.partial.args[0], "deep", 2.0),
+}
+
+
+@pytest.fixture(scope="module")
+def scaled():
+    models = llama(1), llama(1)
+    for model in models:
+        model.model.layers[0].mlp = Scaled(model.model.layers[0].mlp)
+    return optimize(models[0]), models[1]
+
+
+@pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
+def test_what_the_code_reads_may_change_wherever_it_is(scaled, place, monkeypatch):
+    inputs = {"input_ids": torch.tensor([[5, 17, 33, 2, 8, 61]]), "max_new_tokens": 3, "do_sample": False}
+    inputs |= {"return_dict_in_generate": True, "output_logits": True}
+    before = scaled[0].generate(**inputs).logits
+    version = scaled[0]._tinyfuse.recordings.version
+    scaled[0].generate(**inputs)
+    assert scaled[0]._tinyfuse.recordings.version == version
+    for model in scaled:
+        place(model.model.layers[0].mlp, monkeypatch)
+    after, expected = (model.generate(**inputs).logits for model in scaled)
+    assert torch.allclose(torch.stack(after), torch.stack(expected), atol=1e-4)
+    assert not torch.allclose(torch.stack(after), torch.stack(before), atol=1e-3)
+
+
+CALLS = []
+
+
+@functools.lru_cache
+def remembered(size):
+    return torch.arange(size).float().cos()
+
+
+class Leaves(nn.Module):
+    """Leaves traces outside of tensors, or draws what no graph draws."""
+
+    calls = 0
+
+    def __init__(self, inner, trace):
+        super().__init__()
+        self.inner, self.trace, self.options = inner, trace, Options()
+        self.register_buffer("count", torch.zeros(1))
+
+    def forward(self, x):
+        return self.inner(x) * getattr(self, self.trace)()
+
+    def on_an_object(self):
+        self.options.factor += 0.1
+        return self.options.factor
+
+    def on_the_class(self):
+        type(self).calls += 1  # Dynamo would read the old number under self
+        return 2
+
+    def in_a_global(self):
+        CALLS.append(1)
+        return 1 + 0.1 * len(CALLS)
+
+    def in_a_function(self):
+        return remembered(32)
+
+    def in_a_buffer(self):
+        self.count += 1
+        return 2
+
+    def of_python(self):
+        return random.random()
+
+    def of_numpy(self):
+        return float(np.random.rand())
+
+    def of_torch(self):
+        return torch.rand(1) + F.dropout(torch.ones(32), 0.5, training=True)
+
+    def of_a_seed(self):
+        torch.manual_seed(7)
+        return torch.rand(1)
+
+
+TRACES = [name for name in vars(Leaves) if "_" in name.strip("_")]
+
+
+@pytest.mark.parametrize("trace", TRACES)
+def test_traces_that_a_forward_leaves_are_those_of_its_calls(trace):
+    made = []
+    for fast in (False, True):
+        model = llama(1)
+        model.model.layers[0].mlp = Leaves(model.model.layers[0].mlp, trace)
+        optimize(model) if fast else None
+        Leaves.calls, _ = 0, CALLS.clear()
+        remembered.cache_clear()
+        random.seed(0), np.random.seed(0), torch.manual_seed(0)
+        options = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+        calls = [model.generate(torch.tensor([[5, 17, 33, 2, 8, 61]]), **options).logits for _ in range(2)]
+        assert type(remembered(32)) is torch.Tensor
+        left = model.model.layers[0].mlp
+        state = left.calls, len(CALLS), left.options.factor, left.count.item(), random.random(), np.random.rand()
+        made.append((torch.stack(sum(calls, ())), (*state, torch.rand(1).item())))
+    assert torch.allclose(made[0][0], made[1][0], atol=1e-4)
+    assert made[0][1] == made[1][1]
+
+
+def test_a_model_that_changes_before_each_call_is_not_recorded_each_time(monkeypatch):
+    monkeypatch.setattr(recorded, "MOST_CHANGES", 1)
+    fast, stock = optimize(llama(1)), llama(1)
+    recordings = fast._tinyfuse.recordings
+    for scaling in (0.1, 0.2, 0.3, 0.3):
+        for model in (fast, stock):
+            model.model.layers[0].self_attn.scaling = scaling
+        made, expected = (
+            m.generate(torch.tensor([[5, 17, 33]]), max_new_tokens=4, do_sample=False) for m in (fast, stock)
+        )
+        assert torch.equal(made, expected)
+        assert bool(recordings.compiled) == (recordings.changes <= 1)
+    assert recordings.changes == 0 and recordings.version == 3
 
 
 def test_a_model_that_writes_its_attributes_is_left_to_dynamo():

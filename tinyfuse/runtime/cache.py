@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicCache, StaticCache, StaticLayer, Sta
 
 from tinyfuse.graph.record import Given, record
 from tinyfuse.runtime.forward import CACHE
-from tinyfuse.runtime.recorded import Watch, unchanged
+from tinyfuse.runtime.rehearsal import rehearsal, unchanged
 from tinyfuse.runtime.window import MASK, WindowLayer, ring_masks
 
 STEP = 256
@@ -205,10 +205,9 @@ def _probe(model: torch.nn.Module, forward: Callable[..., Any]) -> tuple[list[tu
         ids = torch.zeros((1, 2), dtype=torch.long, device=model.device)
         cache = _imagined(model, forward, ids)
         if cache is None:
-            cache, watch = _static_cache(model, 4), Watch(model)
-            forward(input_ids=ids, use_cache=True, **{CACHE: cache})
-            if watch.changed():
-                watch.restore()
+            cache = _static_cache(model, 4)
+            with rehearsal(model):
+                forward(input_ids=ids, use_cache=True, **{CACHE: cache})
         written = [(layer.keys, layer.values) if isinstance(layer, StaticLayer) else None for layer in cache.layers]
         shapes = [like and tuple(map(none_of, like)) for like in written]
         cache = _static_cache(model, 4)

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import copy
-import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import PretrainedConfig
 from transformers.cache_utils import StaticCache, StaticLayer
 from transformers.utils import ModelOutput
 
@@ -23,85 +20,14 @@ from tinyfuse.graph.record import Declined, Given, Recording, record
 from tinyfuse.report import Report, collect
 from tinyfuse.runtime.captured import no_collection
 from tinyfuse.runtime.forward import CACHE, GraphCall, hooked, sequence_dims
+from tinyfuse.runtime.rehearsal import unchanged
+from tinyfuse.runtime.watch import Watch
 from tinyfuse.runtime.window import WindowLayer
 
 MOST = 4  # recordings of one kind, which differ in what the code decided by sizes
+MOST_CHANGES = 8  # of the model between calls in a row, each recorded anew
 STATE = ("keys", "values", "cumulative_length")
 PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
-# nn.Module's own containers that do not bear on its forward: there are many.
-UNWATCHED = vars(nn.Module()).keys() - {"_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks"}
-
-
-class Watch:
-    """A model's Python state: modules, memory of weights, attributes, hooks, code, configuration."""
-
-    def __init__(self, model: nn.Module):
-        self.modules = list(model.modules())
-        self.tensors = [*model.parameters(), *model.buffers()]
-        self.kinds = {type(module) for module in self.modules}
-        attributes = [vars(owner) for owner in (*self.modules, *_configs(self.modules))]
-        held = [value for owner in attributes for name, value in owner.items() if name not in UNWATCHED]
-        held = [value for value in held if isinstance(value, (dict, list, set))]
-        self.containers = [(container, copy.copy(container)) for container in (*attributes, *held)]
-        self.memory, self.code = self._memory(), self._code()
-
-    def _memory(self) -> list[Any]:
-        return [(t.data_ptr(), t.dtype) for t in self.tensors]
-
-    def _code(self) -> list[Any]:
-        return [part for kind in self.kinds for part in _code_of(kind.forward)]
-
-    def add(self, tensors: list[Tensor]) -> None:
-        """Watch the memory of more tensors."""
-        known = set(map(id, self.tensors))
-        self.tensors += [tensor for tensor in tensors if id(tensor) not in known]
-        self.memory = self._memory()
-
-    def changed(self) -> bool:
-        try:
-            changed = any(now != then for now, then in self.containers)
-        except (RuntimeError, ValueError):  # arrays were compared, so one stands where another one stood
-            return True
-        return changed or self._memory() != self.memory or self._code() != self.code
-
-    def restore(self) -> None:
-        """Put back attributes."""
-        for now, then in self.containers:
-            now.clear()
-            now.extend(then) if isinstance(now, list) else now.update(then)
-
-
-@contextmanager
-def unchanged(model: nn.Module) -> Iterator[None]:
-    """Raises Declined if what runs inside changes the model's attributes, which are put back."""
-    watch = Watch(model)
-    try:
-        yield
-    finally:
-        if changed := watch.changed():
-            watch.restore()
-    if changed:
-        raise Declined("the forward changes the model's attributes")
-
-
-def _configs(modules: list[nn.Module]) -> Iterator[PretrainedConfig]:
-    """Every configuration that a module holds, and their parts."""
-    found: dict[int, PretrainedConfig] = {}
-    left = [value for module in modules for value in vars(module).values() if isinstance(value, PretrainedConfig)]
-    while left:
-        config = left.pop()
-        if id(config) not in found:
-            found[id(config)] = config
-            left += [value for value in vars(config).values() if isinstance(value, PretrainedConfig)]
-    return iter(found.values())
-
-
-def _code_of(function: Callable[..., Any]) -> list[Any]:
-    """A function and what it finds under global names: other code if one is replaced."""
-    inner = inspect.unwrap(function)
-    if not hasattr(inner, "__code__"):
-        return [inner]
-    return [inner, inner.__code__, *(id(inner.__globals__.get(name)) for name in inner.__code__.co_names)]
 
 
 @dataclass
@@ -130,12 +56,14 @@ class Recordings:
         self.watch: Watch | None = None
         self.compiled: dict[Any, list[Compiled]] = {}
         self.declined: dict[Any, str] = {}
-        self.version = 0
+        self.version = self.changes = 0
 
     def refresh(self) -> None:
         """Look whether the model has changed; to be called before each use of the graphs in a row."""
         if self.watch is not None and not self.watch.changed():
+            self.changes = 0
             return
+        self.changes += self.watch is not None
         self.watch = Watch(self.model)
         self.compiled.clear()
         self.declined.clear()
@@ -153,6 +81,8 @@ class Recordings:
         be needed, before kernels are compiled: all at once."""
         if autocast_is_on():
             return "autocast is on"
+        if self.changes > MOST_CHANGES:
+            return f"what the model's code reads changed before each of the last {MOST_CHANGES} calls"
         try:
             given, rest = _split(arguments)
         except Declined as reason:

@@ -20,7 +20,8 @@ from tinyfuse.kernels import _advance
 from tinyfuse.runtime.cache import Slot
 from tinyfuse.runtime.captured import Captured, NotCapturable
 from tinyfuse.runtime.forward import CACHE, GraphCall, intercept, record_graphs
-from tinyfuse.runtime.recorded import Bound, Watch
+from tinyfuse.runtime.recorded import Bound
+from tinyfuse.runtime.rehearsal import rehearsal
 from tinyfuse.runtime.tail import Choice, Tail
 
 ROWS = 128
@@ -177,17 +178,16 @@ class Step:
         """Find the one graph call that the forward amounts to under Dynamo; the reason if it amounts to more."""
         counters = self.slot.counters()
         held = torch.stack(counters)
-        watch, before = Watch(model), cache_state(self.slot)
-        with record_graphs() as calls:
+        before = cache_state(self.slot)
+        with rehearsal(model) as left, record_graphs() as calls:
             logits = self._forward().logits
-        changed = watch.changed() or cache_state(self.slot) != before
-        if changed:
-            watch.restore()
+        if cache_state(self.slot) != before:
+            left.append("the forward changes attributes of the cache")
         torch._foreach_copy_(counters, list(held))
         if len(calls) != 1:
             return f"the model's forward runs as {len(calls)} graphs, not as one"
-        if changed:
-            return "the model's forward changes Python attributes at every token"
+        if left:
+            return f"{left[0]} at every token"
         outputs = calls[0].outputs
         calls[0].outputs = None
         self.index = next((i for i, output in enumerate(outputs) if output is logits), None)
