@@ -1,4 +1,4 @@
-"""Tests marked ``gpu`` are deselected where there are too few CUDA devices; ``test_apart.py`` runs beside the others."""
+"""Tests marked ``gpu`` are deselected where CUDA devices are too few; ``test_apart.py`` runs beside the others."""
 
 import gc
 import os
