@@ -150,6 +150,22 @@ def test_an_optimised_model_can_be_compiled(model):
         close(compiled(IDS).logits, llama()(IDS).logits)
 
 
+def test_an_optimised_module_inside_of_another_breaks_the_graph():
+    """As the encoder of an encoder-decoder does when it is asked for attentions."""
+
+    class Breaks(nn.Linear):
+        def forward(self, x):
+            y = super().forward(x)
+            torch._dynamo.graph_break()
+            return super().forward(y)
+
+    module, x = nn.Sequential(Breaks(4, 4), nn.ReLU()).eval(), torch.randn(3, 4)
+    with torch.no_grad():
+        expected = module(x)
+        optimize(module[0])
+        close(optimize(module)(x), expected)
+
+
 def test_any_module():
     module = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
     x = torch.randn(3, 4)

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from types import MethodType
 from typing import Any
 
 import torch
@@ -40,7 +41,8 @@ class Runtime:
 
     def stock(self, name: str) -> Callable[..., Any]:
         """The method ``name`` as it is without tinyfuse."""
-        return self.own[name] if name in self.own else getattr(type(self.model), name).__get__(self.model)
+        # Not function.__get__: after a graph break Dynamo makes of it the attribute of that name, which is the caller.
+        return self.own[name] if name in self.own else MethodType(getattr(type(self.model), name), self.model)
 
     @cached_property
     def compiled(self) -> CompiledForward:
