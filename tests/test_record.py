@@ -383,6 +383,36 @@ def test_what_the_code_reads_may_change_wherever_it_is(scaled, place, monkeypatc
     assert not torch.allclose(torch.stack(after), torch.stack(before), atol=1e-3)
 
 
+class Holds(nn.Module):
+    """Holds a tensor that every call gets anew, as the offsets of positions that some models prepare for a prompt."""
+
+    def __init__(self, inner, use):
+        super().__init__()
+        self.inner, self.use, self.held = inner, use, torch.ones(1)
+
+    def forward(self, x):
+        return self.inner(x) * (1 if self.held is None else self.use(self.held))
+
+
+@pytest.mark.parametrize("use", [lambda held: held[-1], len, lambda held: 2], ids=["value", "size", "none"])
+def test_a_tensor_that_each_call_gets_anew(use):
+    """That is a change of the model if the code has looked at it."""
+    inputs = {"input_ids": torch.tensor([[5, 17, 33, 2, 8, 61]]), "max_new_tokens": 3, "do_sample": False}
+    inputs |= {"return_dict_in_generate": True, "output_logits": True}
+    models = optimize(llama(1)), llama(1)
+    for model in models:
+        model.model.layers[0].mlp = Holds(model.model.layers[0].mlp, use)
+    versions = []
+    for held in (torch.tensor([2.0]), torch.tensor([2.0]), torch.tensor([1.0, 3.0]), torch.tensor([5.0, 7.0]), None):
+        for model in models:
+            model.model.layers[0].mlp.held = held
+        made, expected = (torch.stack(model.generate(**inputs).logits) for model in models)
+        assert torch.allclose(made, expected, atol=1e-4)
+        versions.append(models[0]._tinyfuse.recordings.version)
+    looked = use(torch.zeros(5)) != 2
+    assert (versions[3] > versions[0]) == looked and versions[4] > versions[3]
+
+
 CALLS = []
 
 

@@ -59,11 +59,13 @@ class Given:
 @dataclass
 class Recording:
     """What belongs to a recorded graph. It takes ``symbols`` (sizes, as (name of a given tensor, dimension)), then the
-    given tensors in their order, then ``constants``, and returns the tensors among what the call returned.
+    given tensors in their order, then ``constants``, and returns the tensors among what the call returned. Of all
+    other tensors the code saw those that it ``met``, if only their sizes.
     """
 
     symbols: list[tuple[str, int]]
     constants: list[Tensor]
+    met: list[Tensor]
     result: Callable[[Iterator[Any]], Any]
     guard: CodeType | None
     guarded: list[str]
@@ -115,7 +117,7 @@ def record(
     guarded = list(guarded.values())
     expression = mode.shape_env.produce_guards_expression([fakes[name] for name in guarded])
     guard = compile(expression, "<guards>", "eval") if expression else None
-    return recorder.graph, Recording(symbols, recorder.constants, rebuild, guard, guarded)
+    return recorder.graph, Recording(symbols, recorder.constants, recorder.met, rebuild, guard, guarded)
 
 
 _TENSOR = object()
@@ -212,6 +214,7 @@ class _Recorder(TorchFunctionMode):
         self.mode, self.modules = mode, modules
         self.graph = Graph()
         self.constants: list[Tensor] = []
+        self.met: list[Tensor] = []
         self.nodes: dict[int, Node] = {}
         self.given: set[int] = set()
         self.alive: list[Any] = []  # ids stay unique while their objects live
@@ -282,6 +285,7 @@ class _Recorder(TorchFunctionMode):
             self._append(func, name, args, kwargs, result, tree_leaves(result))
             return result
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        self.met += [tensor for tensor in given if not isinstance(tensor, FakeTensor)]
         before = list(map(_version, given))
         result = _linear(*args) if func is F.linear and not kwargs else None
         result = func(*args, **kwargs) if result is None else result

@@ -130,7 +130,7 @@ class Recordings:
         with unchanged(self.model):
             graph, recording = record(call, given, {id(module): path for path, module in self.model.named_modules()})
         if self.watch is not None:
-            self.watch.add(recording.constants)
+            self.watch.add(recording.constants, recording.met)
         with collect(self.report):
             return Compiled(recording, compile_graph(graph), kinds[0])
 

@@ -54,25 +54,41 @@ class Watch:
         self.tensors, self.generators, self.remembering = found.tensors, found.generators, found.remembering
         self.seeds = "manual_seed" in found.mentioned
         self.weights = [*model.parameters(), *model.buffers()]
+        self.met: dict[int, Tensor] | None = None  # tensors that code has used; None: that is not known
         self.memory = self._memory()
 
     def _memory(self) -> list[Any]:
         return [(t.data_ptr(), t.dtype) for t in self.weights]
 
-    def add(self, tensors: list[Tensor]) -> None:
-        """Watch the memory of more tensors."""
+    def add(self, tensors: list[Tensor], met: list[Tensor]) -> None:
+        """Watch the memory of more tensors, for code has used them. What it has not ``met`` besides may be replaced."""
+        for now, then in self.containers:
+            if isinstance(now, dict):
+                then.update([(name, item) for name, item in now.items() if self._replaced(item, then.get(name))])
+        self.met = (self.met or {}) | {id(tensor): tensor for tensor in (*tensors, *met)}
         known = set(map(id, self.weights))
         self.weights += [tensor for tensor in tensors if id(tensor) not in known]
         self.memory = self._memory()
 
     def changed(self) -> bool:
         return (
-            any(_differ(now, then) for now, then in self.containers)
+            any(_differ(now, then) and not self._unmet(now, then) for now, then in self.containers)
             or any(_differ(vars(cls), then) for cls, then in self.classes)
             or any(owner.get(name, ABSENT) is not value for owner, name, value in self.names)
             or any(_slot(owner, name) is not value for owner, name, value in self.slots)
             or self._memory() != self.memory
         )
+
+    def _unmet(self, now: Any, then: Any) -> bool:
+        """Whether they differ only in tensors that no code has used: what prepares a call may leave some behind."""
+        if self.met is None or not isinstance(now, dict) or now.keys() != then.keys():
+            return False
+        others = {name: item for name, item in now.items() if not self._replaced(item, then[name])}
+        return not _differ(others, {name: then[name] for name in others})
+
+    def _replaced(self, now: Any, then: Any) -> bool:
+        """Whether one tensor stands for another, and no code has used either."""
+        return type(now) is type(then) is Tensor and not {id(now), id(then)} & (self.met or {}).keys()
 
     def restore(self) -> None:
         """Put back all but the memory of weights."""
