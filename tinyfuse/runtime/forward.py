@@ -34,6 +34,10 @@ SEQUENCE_INPUTS = (
 CAPTURES = "transformers.utils.output_capturing"
 MOST_HOOKED = 8  # sets of hooks on modules that are compiled with
 COME_AND_GO = f"its modules had {MOST_HOOKED} sets of hooks, each compiled anew: register those that stay once"
+NO_GRAPH = (
+    "the forward ran as it is, no part of it as a graph: Dynamo is off, or at its limit of graphs for code that models "
+    "share, which torch._dynamo.config.recompile_limit sets"
+)
 
 _serial = itertools.count()
 _watch = threading.local()
@@ -145,11 +149,15 @@ class CompiledForward:
             entry = _entry(self.forward)
             self.entries.add(entry.__code__)
             self.compiled[kind] = torch.compile(entry, backend=partial(_backend, weakref.ref(self), bool(held)))
+        before = getattr(_watch, "graphs", 0)
         try:
-            return self.compiled[kind](*args, **kwargs)
+            outputs = self.compiled[kind](*args, **kwargs)
         except _Uncompiled as reason:
             self.compiled[kind] = partial(self._eagerly, str(reason))
-        return self.compiled[kind](*args, **kwargs)
+            return self.compiled[kind](*args, **kwargs)
+        if getattr(_watch, "graphs", 0) == before and not isinstance(self.compiled[kind], partial):
+            self.fall_back(NO_GRAPH)
+        return outputs
 
     def _eagerly(self, reason: str, /, *args: Any, **kwargs: Any) -> Any:
         self.fall_back(reason)
@@ -189,6 +197,7 @@ def _backend(
         if getattr(_watch, "intercept", False):
             raise _Intercepted(GraphCall(compiled, args))
         outputs = compiled(*args)
+        _watch.graphs = getattr(_watch, "graphs", 0) + 1
         if (calls := getattr(_watch, "calls", None)) is not None:
             calls.append(GraphCall(compiled, args, outputs))
         return outputs
