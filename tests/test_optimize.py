@@ -252,7 +252,7 @@ class Doubling(nn.Module):
 @torch.no_grad()
 def test_a_forward_beyond_the_limit_of_recompilations_is_said(model):
     torch._dynamo.reset()
-    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=1):
+    with torch._dynamo.config.patch(recompile_limit=1):
         model(IDS)
         assert model._tinyfuse.fallbacks == []
         model.config._attn_implementation = "eager"
@@ -262,6 +262,7 @@ def test_a_forward_beyond_the_limit_of_recompilations_is_said(model):
     assert any("recompile_limit" in reason for reason in model._tinyfuse.fallbacks)
 
 
+@torch.no_grad()
 def test_optimised_anew_at_the_limit_of_recompilations():
     torch._dynamo.reset()
     model, x = Doubling().eval(), torch.randn(3, 4)
