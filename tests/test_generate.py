@@ -18,13 +18,17 @@ from transformers import (
     DynamicCache,
     Gemma3Config,
     Gemma3TextConfig,
+    GenerationMixin,
     GPT2Config,
     LlamaConfig,
+    LlamaForCausalLM,
     LogitsProcessor,
     LogitsProcessorList,
+    MaxLengthCriteria,
     MaxTimeCriteria,
     MistralConfig,
     MixtralConfig,
+    Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
     RepetitionPenaltyLogitsProcessor,
@@ -321,6 +325,21 @@ def test_caches_that_stand_by_go_when_memory_is_short(covered, monkeypatch):
     covered.same(**ONE)
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
+def test_no_memory_for_so_many_tokens(error, monkeypatch):
+    """Which stock only allocates as it writes them."""
+
+    def fail(self, slot):
+        raise error(f"can't allocate memory\nfor {slot.length}")
+
+    pair = Pair(LlamaConfig(**SIZE))
+    monkeypatch.setattr(CachePool, "_allocate", fail)
+    pair.same(**PADDED, max_new_tokens=30)
+    monkeypatch.undo()
+    pair.same(**PADDED)
+    assert pair.fallbacks == ["no static cache of 39 tokens: can't allocate memory"]
+
+
 def test_returned_cache_is_the_callers(covered):
     first = covered.fast.generate(**ONE, max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
     keys = first.past_key_values.layers[0].keys.clone()
@@ -386,6 +405,17 @@ def test_own_criteria_and_processors(covered):
     assert torch.equal(stock, fast) and stock.shape[1] == 15
     assert all(torch.equal(a, b) and m == n for (a, m), (b, n) in zip(stock_criterion, fast_criterion, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(stock_processor, fast_processor, strict=True))
+
+
+@pytest.mark.parametrize("length", [9, 300])
+def test_a_length_that_the_prompt_has_already(length):
+    """One token, as in stock: of a first call, and of one whose tokens the device could choose."""
+    pair, prompt = Pair(LlamaConfig(**SIZE)), torch.randint(2, 96, (1, length))
+    for _ in range(2):
+        result = pair.same(input_ids=prompt, max_new_tokens=None, stopping_criteria=[MaxLengthCriteria(5)])
+        assert result.shape == (1, length + 1)
+        pair.same(input_ids=prompt)
+    assert pair.fallbacks == []
 
 
 def test_max_time(covered):
@@ -591,6 +621,52 @@ def test_a_forward_put_over_that_of_optimize():
     assert seen == [False] * 12 + [True] * 12 and "replaced" in pair.fallbacks.pop()
 
 
+class Takes(LlamaForCausalLM):
+    def generate(self, prompt, *more, **generate_arguments):
+        return super().generate(prompt, *more, **generate_arguments)
+
+
+def _wrapped(model, wrapper):
+    model.generate = functools.partial(wrapper, model.generate)
+    return model
+
+
+OWN = {
+    "a class's": lambda: Takes(LlamaConfig(**SIZE)).eval(),
+    "all positions": lambda: _wrapped(build(LlamaConfig(**SIZE)), lambda inner, *args, **more: inner(*args, **more)),
+    "other names": lambda: _wrapped(build(LlamaConfig(**SIZE)), lambda inner, prompt, **more: inner(prompt, **more)),
+    "no names": lambda: _wrapped(build(LlamaConfig(**SIZE)), lambda inner, prompt, max_new_tokens: inner(prompt)),
+}
+
+
+@pytest.mark.parametrize("own", OWN)
+def test_a_generate_with_other_parameters(own):
+    """Gets what the caller gave, and the caller hears why there is no loop."""
+    model = OWN[own]()
+    fast = optimize(copy.deepcopy(model))
+    tokens = [m.generate(ONE["input_ids"], max_new_tokens=4) for m in (model, fast)]
+    assert torch.equal(*tokens) and len(fast._tinyfuse.fallbacks) == 1
+    assert ("own generate" if own == "a class's" else "replaced before") in fast._tinyfuse.fallbacks[0]
+
+
+def test_inputs_prepared_by_another_method():
+    """Put on the instance, as PEFT does for virtual tokens: it may look at one token at a time."""
+    pair = Pair(LlamaConfig(**SIZE))
+    plain = pair.same(**PADDED)
+    for model in (pair.stock, pair.fast):
+
+        @functools.wraps(inner := model.prepare_inputs_for_generation)
+        def prepare(ids, inner=inner, **more):
+            return inner(ids if ids.shape[1] < 12 else ids.clamp(max=50), **more)
+
+        model.prepare_inputs_for_generation = prepare
+    assert not torch.equal(pair.same(**PADDED), plain)
+    assert "prepare_inputs_for_generation was replaced" in pair.fallbacks.pop()
+    for model in (pair.stock, pair.fast):  # as PEFT leaves it
+        model.prepare_inputs_for_generation = type(model).prepare_inputs_for_generation.__get__(model)
+    assert torch.equal(pair.same(**PADDED), plain) and pair.fallbacks == []
+
+
 class Counts(nn.Module):
     """Notes each call, in a number or in a list."""
 
@@ -696,11 +772,35 @@ def test_inputs_that_buffers_cannot_follow():
     assert len(pair.fallbacks) == 1 and ("attention_mask" in pair.fallbacks[0] or "static cache" in pair.fallbacks[0])
 
 
+def test_a_cache_begun_anew_on_the_way():
+    """Phi-3, where its rotation becomes the one of long texts: in the prompt, among the tokens or ahead of them."""
+    rotation = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [1.5, 2, 3, 4]}
+    long = {"original_max_position_embeddings": 200, "rope_parameters": rotation}
+    pair = Pair(Phi3Config(**SIZE, **long, sliding_window=None, pad_token_id=0))
+    for length, count in ((9, 20), (9, 20), (100, 30), (190, 20), (210, 9), (9, 20)):
+        ids = torch.randint(2, 96, (2, length), generator=torch.Generator().manual_seed(0))
+        options = {"max_new_tokens": count, "do_sample": False, "return_dict_in_generate": True}
+        stock, fast = (model.generate(ids, **options) for model in (pair.stock, pair.fast))
+        assert torch.equal(stock.sequences, fast.sequences)
+        for layer, ours in zip(stock.past_key_values.layers, fast.past_key_values.layers, strict=True):
+            torch.testing.assert_close(ours.keys, layer.keys, rtol=1e-4, atol=1e-4)
+    assert pair.fallbacks.pop() == "the model begins another cache within so many tokens"
+
+
 def test_restore_in_between(covered):
     model = copy.deepcopy(covered.fast)
     tokens = model.generate(**ONE, do_sample=False, max_new_tokens=12)
     assert torch.equal(restore(model).generate(**ONE, do_sample=False, max_new_tokens=12), tokens)
     assert torch.equal(optimize(model).generate(**ONE, do_sample=False, max_new_tokens=12), tokens)
+
+
+def test_token_healing(llama, monkeypatch):
+    """With the tokenizer that the caller gave."""
+    given = []
+    monkeypatch.setattr(GenerationMixin, "heal_tokens", lambda self, ids, with_=None: given.append(with_) or ids + 1)
+    del llama.fallbacks[:]
+    llama.same(**ONE, token_healing=True, tokenizer="a tokenizer")
+    assert given == ["a tokenizer"] * 2 and llama.fallbacks == ["token_healing is set"]
 
 
 def test_pipeline(covered):

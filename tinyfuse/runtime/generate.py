@@ -45,22 +45,24 @@ def generate(runtime, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     Raises ValueError for a prompt without sequences or without tokens.
     """
     model, stock = runtime.model, runtime.stock("generate")
-    call = inspect.signature(stock).bind(*args, **kwargs).arguments
-    call |= call.pop("kwargs", {})
+    if "generate" in runtime.own:
+        runtime.fall_back("model.generate was replaced before optimize")
+        return stock(*args, **kwargs)
+    call = _named(inspect.signature(stock).bind(*args, **kwargs))
     if call.get("cache_implementation") is not None and call.get("compile_config") is None:
-        call["disable_compile"] = True  # transformers would compile the compiled forward once more
+        kwargs["disable_compile"] = True  # transformers would compile the compiled forward once more
     streamer = call.get("streamer")
     if reason := model_reason(model):
         runtime.fall_back(reason)
         encodes = isinstance(model, GenerationMixin) and model.config.is_encoder_decoder
         if not encodes or encoder_decoder.unfit(model) or call_reason(model, call):
-            return stock(**call)
+            return stock(*args, **kwargs)
         loop = encoder_decoder.loop(runtime, streamer)
     else:
         _check_prompt(call)
         if reason := call_reason(model, call):
             runtime.fall_back(reason, asked=True)
-            return stock(**call)
+            return stock(*args, **kwargs)
 
         def loop(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
             return generate_tokens(
@@ -70,12 +72,21 @@ def generate(runtime, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     with runtime.lock:
         if runtime.depth:
             runtime.fall_back("generate was called inside of generate", asked=True)
-            return stock(**call)
+            return stock(*args, **kwargs)
         runtime.depth += 1
         try:
-            return stock(**call | {"custom_generate": loop})
+            return stock(*args, **kwargs | {"custom_generate": loop})
         finally:
             runtime.depth -= 1
+
+
+def _named(bound: inspect.BoundArguments) -> dict[str, Any]:
+    """The arguments of a call by name, those of ``**kwargs``, whatever it is called, among them."""
+    named = dict(bound.arguments)
+    for name, parameter in bound.signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            named |= named.pop(name, {})
+    return named
 
 
 def _check_prompt(call: dict[str, Any]) -> None:
@@ -122,7 +133,7 @@ def call_reason(model: torch.nn.Module, call: dict[str, Any]) -> str | None:
     for name in ("cache_implementation", "compile_config", "stop_strings"):
         if getattr(config, name) is not None:
             return f"{name} is set"
-    for name in ("output_attentions", "output_hidden_states", "is_assistant"):
+    for name in ("output_attentions", "output_hidden_states", "is_assistant", "token_healing"):
         if getattr(config, name):
             return f"{name} is set"
     if config.use_cache is False:
@@ -322,13 +333,16 @@ def generate_tokens(
         return stock(reason)
     embeds = kwargs.get("inputs_embeds")
     prompt = (input_ids if embeds is None else embeds).shape[1]
-    limit = min(limits) - input_ids.shape[1]
+    limit = max(1, min(limits) - input_ids.shape[1])  # criteria of the caller's may be met from the start
     # Buffers outlive the call: under the caller's inference mode they could not be written to outside of it.
     with torch.inference_mode(False), torch.no_grad():
         runtime.recordings.refresh()
         whole = generation_config.return_dict_in_generate or generation_config.prefill_chunk_size is not None
         whole = whole or getattr(kwargs.get("attention_mask"), "ndim", 2) != 2  # a mask of 4 dimensions stays as it is
-        slot = runtime.pool.acquire(len(input_ids), prompt + limit, bool(whole))
+        try:
+            slot = runtime.pool.acquire(len(input_ids), prompt + limit, bool(whole))
+        except RuntimeError as error:  # the CPU's allocator raises no OutOfMemoryError
+            return stock(f"no static cache of {prompt + limit} tokens: {str(error).partition(chr(10))[0]}")
         loop = Loop(runtime, slot, input_ids, logits_processor, stopping_criteria, generation_config, streamer, limit)
         with runtime.in_order(input_ids.device):
             try:
@@ -388,11 +402,29 @@ def _prepares(model: Any, input_ids: Tensor, kwargs: dict[str, Any]) -> bool:
     return True
 
 
+def _keeps_cache(model: Any, input_ids: Tensor, more: int, kwargs: dict[str, Any]) -> bool:
+    """Whether the model feeds the prompt and ``more`` tokens to one cache: some begin another one where longer texts
+    are rotated otherwise."""
+    if type(model).prepare_inputs_for_generation is GenerationMixin.prepare_inputs_for_generation:
+        return True
+    last = torch.cat([input_ids, input_ids.new_zeros(len(input_ids), more)], dim=1)
+    cache = _stand_in(kwargs[CACHE], Unmasked)
+    with suppress(Exception):  # of the empty cache, or a mask of other length: neither is what the loop will ask for
+        inputs = model.prepare_inputs_for_generation(last, next_sequence_length=1, **kwargs | {CACHE: cache})
+        return any(value is cache for value in inputs.values())
+    return True
+
+
+def _stand_in(cache: StaticCache, kind: type[StaticCache]) -> StaticCache:
+    stand_in = copy.copy(cache)
+    stand_in.__class__ = kind
+    return stand_in
+
+
 def _prepared(model: Any, input_ids: Tensor, kwargs: dict[str, Any], kind: type[StaticCache]) -> dict[str, Any]:
     """transformers' inputs for the prompt, as it would prepare them for a cache of that ``kind``."""
     cache = kwargs[CACHE]
-    stand_in = copy.copy(cache)
-    stand_in.__class__ = kind
+    stand_in = _stand_in(cache, kind)
     try:
         inputs = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **kwargs | {CACHE: stand_in})
     except Exception as error:
@@ -464,6 +496,8 @@ class Loop:
         """``kwargs`` of the model for a prompt of that many positions."""
         model, prepared = self.runtime.model, kwargs[CACHE]
         kwargs[CACHE] = self.slot.cache
+        if not _keeps_cache(model, self.input_ids, self.limit - 1 + block_rows(self.slot), kwargs):
+            raise NotPrepared("the model begins another cache within so many tokens")
         self.slot.fill_with_prompt(True)
         foresee = partial(self._foresee, kwargs, prompt)
         outputs = _prefill(self.runtime, self.slot, self.input_ids, self.config, kwargs, foresee)

@@ -41,7 +41,7 @@ class Runtime:
 
     def stock(self, name: str) -> Callable[..., Any]:
         """The method ``name`` as it is without tinyfuse."""
-        # Not function.__get__: after a graph break Dynamo makes of it the attribute of that name, which is the caller.
+        # After a graph break Dynamo takes function.__get__(model) for the attribute of that name: ours.
         return self.own[name] if name in self.own else MethodType(getattr(type(self.model), name), self.model)
 
     @cached_property
@@ -113,6 +113,9 @@ class Runtime:
         every = nn.modules.module
         if not isinstance(vars(self.model).get("forward"), Forward):
             return "model.forward was replaced, so every token goes through the new one"
+        prepare = self.model.prepare_inputs_for_generation  # the loop asks for many tokens at once, PEFT's knows one
+        if getattr(prepare, "__func__", None) is not type(self.model).prepare_inputs_for_generation:
+            return "model.prepare_inputs_for_generation was replaced, so every token goes through the new one"
         if every._global_forward_hooks or every._global_forward_pre_hooks or hooked(self.model):
             return "the model has forward hooks, so every token goes through model.__call__"
         return None
