@@ -1,6 +1,7 @@
 """optimize and restore: what they change, what they leave, and what they refuse."""
 
 import copy
+import functools
 import gc
 import io
 import logging
@@ -148,6 +149,20 @@ def test_an_optimised_model_can_be_compiled(model):
     compiled = torch.compile(model, backend="eager")
     with torch.no_grad():
         close(compiled(IDS).logits, llama()(IDS).logits)
+
+
+@torch.no_grad()
+def test_an_optimised_module_inside_of_another_is_part_of_its_graph():
+    module, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU()).eval(), torch.randn(3, 4)
+    expected = module(x)
+    optimize(module[0])
+    close(optimize(module)(x), expected)
+    assert len(module._tinyfuse.compiled.graphs) == 1
+    restore(module)
+    module[0].forward = functools.partial(nn.Linear.forward, restore(module[0]))  # an own forward
+    optimize(module[0])
+    close(optimize(module)(x), expected)
+    assert len(module._tinyfuse.compiled.graphs) == 1
 
 
 def test_an_optimised_module_inside_of_another_breaks_the_graph():

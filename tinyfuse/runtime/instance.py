@@ -7,7 +7,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from types import MethodType
 from typing import Any
 
 import torch
@@ -41,8 +40,7 @@ class Runtime:
 
     def stock(self, name: str) -> Callable[..., Any]:
         """The method ``name`` as it is without tinyfuse."""
-        # After a graph break Dynamo takes function.__get__(model) for the attribute of that name: ours.
-        return self.own[name] if name in self.own else MethodType(getattr(type(self.model), name), self.model)
+        return self.own[name] if name in self.own else getattr(type(self.model), name).__get__(self.model)
 
     @cached_property
     def compiled(self) -> CompiledForward:
@@ -146,9 +144,14 @@ class Forward:
         return inspect.signature(self.runtime.stock("forward"))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return self.runtime.stock("forward")(*args, **kwargs)
-        return self.runtime.compiled(*args, **kwargs)
+        runtime = self.runtime
+        if not torch.compiler.is_compiling():
+            return runtime.compiled(*args, **kwargs)
+        if "forward" in runtime.own:
+            return runtime.own["forward"](*args, **kwargs)
+        # No bound method: after a graph break Dynamo takes function.__get__(model) for model.forward, which is this
+        # object, and types.MethodType breaks the graph.
+        return type(runtime.model).forward(runtime.model, *args, **kwargs)
 
 
 class Generate:
