@@ -7,6 +7,7 @@ import functools
 import gc
 import operator
 import os
+import pickle
 import random
 import weakref
 
@@ -24,6 +25,7 @@ from tinyfuse.api import optimize
 from tinyfuse.graph.record import Declined, Given, record
 from tinyfuse.quantize import quantize_
 from tinyfuse.runtime import recorded
+from tinyfuse.runtime.rehearsal import rehearsal, unchanged
 
 
 def replay(graph, recording, given):
@@ -468,24 +470,42 @@ class Leaves(nn.Module):
 
 
 TRACES = [name for name in vars(Leaves) if "_" in name.strip("_")]
+REPEATED = {"in_a_function", "in_a_buffer", "of_torch"}  # by a graph
+
+
+def state(module):
+    numbers = random.getstate(), pickle.dumps(np.random.get_state()), torch.get_rng_state().tolist()
+    kept = module.calls, len(CALLS), module.options.factor, module.count.item(), remembered.cache_info().currsize
+    return kept, numbers
 
 
 @pytest.mark.parametrize("trace", TRACES)
+def test_what_a_rehearsal_leaves_is_undone(trace):
+    module, x = Leaves(nn.Identity(), trace), torch.ones(32)
+    remembered.cache_clear()
+    before = state(module)
+    with rehearsal(module) as left:
+        module(x)
+    assert state(module) == before and bool(left) == (trace not in REPEATED)
+    if left:
+        with pytest.raises(Declined), unchanged(module):
+            module(x)
+        assert state(module) == before
+
+
+@pytest.mark.parametrize("trace", ["on_an_object", *sorted(REPEATED)])
 def test_traces_that_a_forward_leaves_are_those_of_its_calls(trace):
     made = []
     for fast in (False, True):
         model = llama(1)
-        model.model.layers[0].mlp = Leaves(model.model.layers[0].mlp, trace)
+        left = model.model.layers[0].mlp = Leaves(model.model.layers[0].mlp, trace)
         optimize(model) if fast else None
-        Leaves.calls, _ = 0, CALLS.clear()
         remembered.cache_clear()
-        random.seed(0), np.random.seed(0), torch.manual_seed(0)
+        torch.manual_seed(0)
         options = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
         calls = [model.generate(torch.tensor([[5, 17, 33, 2, 8, 61]]), **options).logits for _ in range(2)]
         assert type(remembered(32)) is torch.Tensor
-        left = model.model.layers[0].mlp
-        state = left.calls, len(CALLS), left.options.factor, left.count.item(), random.random(), np.random.rand()
-        made.append((torch.stack(sum(calls, ())), (*state, torch.rand(1).item())))
+        made.append((torch.stack(sum(calls, ())), (left.options.factor, left.count.item(), torch.rand(1).item())))
     assert torch.allclose(made[0][0], made[1][0], atol=1e-4)
     assert made[0][1] == made[1][1]
 
