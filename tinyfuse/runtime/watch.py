@@ -265,6 +265,4 @@ def _mentions(code: types.CodeType) -> frozenset[str]:
 def _members(kind: type) -> list[str]:
     """The attributes that objects of ``kind`` keep outside of a dictionary."""
     members = [member for cls in kind.__mro__ for member in vars(cls).items() if not member[0].startswith("__")]
-    return [
-        name for name, item in members if isinstance(item, types.MemberDescriptorType) and not name.startswith("__")
-    ]
+    return [name for name, item in members if isinstance(item, types.MemberDescriptorType)]
